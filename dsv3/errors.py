@@ -1,0 +1,61 @@
+"""Errors that are the user's to mend, and how an entry point ends on one.
+
+Everything a user can get wrong (a binding, a file, a checkpoint, a full disk) is raised as a
+`UserError` whose message is one line naming the field, file or value, with the nearest right
+one where there is any. Entry points run under `exits_cleanly`, which prints that line to
+stderr and exits with code 2. Any other exception is a bug of ours and keeps its traceback.
+"""
+
+import difflib
+import errno
+import functools
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message is a single line that names the thing and what to do."""
+
+
+class ConfigError(UserError):
+    """A configuration, binding or sweep that cannot be."""
+
+
+class DataError(UserError):
+    """A corpus, tokenizer or shard that is missing, empty, damaged or does not fit the model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, foreign or does not fit the configuration."""
+
+
+class TrainingError(UserError):
+    """A run that had to end: too many non-finite steps in a row."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """'; did you mean X?' for the closest valid name, else '; valid: A, B, C'."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(names)}"
+
+
+def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
+    """Wrap an entry point: `UserError` and a full or read-only disk print one line and exit 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            message = " ".join(str(error).split())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            message = f"{error.strerror}: {error.filename or 'while writing'}"
+        else:
+            return
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    return wrapped
