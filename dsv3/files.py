@@ -1,0 +1,51 @@
+"""Files that are whole or absent: write beside the target, fsync, rename, fsync the directory.
+
+`rename` within one directory is atomic, so a reader (or a run killed at any moment) sees the old
+content or the new, never a part. Without the two fsyncs a power cut may still leave an empty file:
+the rename can reach the disk before the data does.
+"""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
+    """Make `path` hold exactly `content` (text as UTF-8), or leave it as it was.
+
+    The directory must exist. Raises the OSError of a full, read-only or missing disk, with `path`
+    as its filename; nothing is left behind then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync_directory(path: str | os.PathLike) -> None:
+    """Force the names in a directory to disk; its files' contents are fsynced on their own."""
+    _fsync(path)
+
+
+def fsync_tree(path: str | os.PathLike) -> None:
+    """Force every file and directory below `path`, and `path` itself, to disk."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            _fsync(os.path.join(folder, name))
+        _fsync(folder)
+
+
+def _fsync(path: str | os.PathLike) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
