@@ -86,8 +86,8 @@ def conform(value: Any, annotation: Any, path: str) -> Any:
         return annotation(*_conform_fields(value, annotation, path))
     if annotation is Any:
         return value
-    if annotation is float and type(value) is int:
-        value = float(value)
+    if annotation is float:
+        value = _conform_float(value, path)
     if annotation is type(None):
         annotation = types.NoneType
     exact = annotation in (int, float, bool, str, types.NoneType)
@@ -95,6 +95,15 @@ def conform(value: Any, annotation: Any, path: str) -> Any:
     if not matches:
         raise ConfigError(f"{path} wants {_named(annotation)}, got {value!r}")
     return value
+
+
+def _conform_float(value: Any, path: str) -> Any:
+    if type(value) is float and value != value:
+        raise ConfigError(f"{path} wants a number, got nan")
+    try:
+        return float(value) if type(value) is int else value
+    except OverflowError:
+        raise ConfigError(f"{path} wants a float, got an integer beyond its range") from None
 
 
 def _conform_union(value: Any, annotation: Any, path: str) -> Any:

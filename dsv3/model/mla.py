@@ -1,0 +1,88 @@
+"""Multi-head latent attention, in expanded form (§2.1.1, Eq. 1-11).
+
+    c^KV = norm(W^DKV h)   [C]        k^R = RoPE(W^KR h)     [R]   one rope key, shared by all heads
+    k^C_i, v^C_i = W^UK_i c^KV, W^UV_i c^KV                 [H], [U]      k_i = [k^C_i ; k^R]
+    c^Q  = norm(W^DQ h)    [Q]        q_i = [W^UQ_i c^Q ; RoPE(W^QR_i c^Q)]             [H + R]
+    o_i  = sum_{j<=t} softmax_j(q_i · k_ij · scale) v_ij     u = W^O [o_1 ; ... ; o_N]
+
+Only c^KV (after its norm) and k^R need caching at inference: C + R numbers a token. The norms on
+the two latents are those that the report mentions in §4.2 without an equation. Matrices that read
+the same input are stored as one, with the checkpoint's row order: `kv_a` yields [c^KV ; k^R],
+`q_b` yields [q^C_i ; q^R_i] head by head, `kv_b` yields [k^C_i ; v^C_i] head by head.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dsv3.config import Model
+from dsv3.model.layers import Linear, RMSNorm, save_as
+from dsv3.model.rope import ROTATE, softmax_scale
+from dsv3.numerics.dot import DotRule
+
+
+class Mla(nnx.Module):
+    """u_BTD = MLA(h_BTD), causal over the T positions."""
+
+    def __init__(self, key: Array, config: Model, dot: DotRule):
+        mla, std = config.mla, config.init_std
+        keys = jax.random.split(key, 5)
+        head_out = mla.nope_dim + mla.rope_dim
+        if mla.query_latent is None:
+            self.q_a = self.q_norm = None
+        else:
+            self.q_a = Linear(keys[0], config.width, mla.query_latent, std, dot)
+            self.q_norm = RMSNorm(mla.query_latent, config.norm_eps)
+        query_in = mla.query_latent or config.width
+        self.q_b = Linear(keys[1], query_in, mla.heads * head_out, std, dot)
+        self.kv_a = Linear(keys[2], config.width, mla.kv_latent + mla.rope_dim, std, dot)
+        self.kv_norm = RMSNorm(mla.kv_latent, config.norm_eps)
+        kv_out = mla.heads * (mla.nope_dim + mla.value_dim)
+        self.kv_b = Linear(keys[3], mla.kv_latent, kv_out, std, dot)
+        self.o = Linear(keys[4], mla.heads * mla.value_dim, config.width, std, dot)
+        self.config = mla
+
+    def __call__(self, h_BTD: Array, rotation: tuple[Array, Array]) -> Array:
+        q_BTNW = self.queries(h_BTD, rotation)
+        c_BTC, k_rope_BTR = self.latents(h_BTD, rotation)
+        k_BSNW, v_BSNU = self.expand(c_BTC, k_rope_BTR)
+        o_BTNU = causal_attention(q_BTNW, k_BSNW, v_BSNU, softmax_scale(self.config))
+        o_BTO = save_as("attention", o_BTNU.reshape(*h_BTD.shape[:2], -1))
+        return self.o(o_BTO)
+
+    def queries(self, h_BTD: Array, rotation: tuple[Array, Array]) -> Array:
+        """q_BTNW, W = H + R, the rope part turned (Eq. 6-9)."""
+        c_BTQ = h_BTD
+        if self.q_a is not None:
+            c_BTQ = self.q_norm(save_as("latent", self.q_a(h_BTD)))
+        q_BTNW = self.q_b(c_BTQ).reshape(*h_BTD.shape[:2], self.config.heads, -1)
+        q_nope, q_rope = jnp.split(q_BTNW, [self.config.nope_dim], axis=-1)
+        q_rope = ROTATE[self.config.rope_layout](q_rope, *rotation)
+        return jnp.concatenate([q_nope, q_rope], axis=-1)
+
+    def latents(self, h_BTD: Array, rotation: tuple[Array, Array]) -> tuple[Array, Array]:
+        """c_BTC after its norm and k_rope_BTR after its turn (Eq. 1, 3): what a cache holds."""
+        joint = save_as("latent", self.kv_a(h_BTD))
+        c_BTC, k_rope_BTR = jnp.split(joint, [self.config.kv_latent], axis=-1)
+        k_rope_BT1R = ROTATE[self.config.rope_layout](k_rope_BTR[:, :, None, :], *rotation)
+        return self.kv_norm(c_BTC), k_rope_BT1R[:, :, 0, :]
+
+    def expand(self, c_BSC: Array, k_rope_BSR: Array) -> tuple[Array, Array]:
+        """k_BSNW and v_BSNU from the latents (Eq. 2, 4, 5)."""
+        kv = self.kv_b(c_BSC).reshape(*c_BSC.shape[:2], self.config.heads, -1)
+        k_nope_BSNH, v_BSNU = jnp.split(kv, [self.config.nope_dim], axis=-1)
+        shared = (*k_nope_BSNH.shape[:3], self.config.rope_dim)
+        k_rope_BSNR = jnp.broadcast_to(k_rope_BSR[:, :, None, :], shared)
+        return jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1), v_BSNU
+
+
+def causal_attention(q_BTNW: Array, k_BSNW: Array, v_BSNU: Array, scale: float) -> Array:
+    """o_BTNU = softmax(q · k · scale) v over j <= t (Eq. 10), softmax in FP32; T = S."""
+    s_BNTS = jnp.einsum("btnw,bsnw->bnts", q_BTNW, k_BSNW, preferred_element_type=jnp.float32)
+    t, s = s_BNTS.shape[-2:]
+    visible_TS = jnp.arange(t)[:, None] >= jnp.arange(s)[None, :]
+    s_BNTS = jnp.where(visible_TS[None, None], s_BNTS * scale, -jnp.inf)
+    p_BNTS = jax.nn.softmax(s_BNTS, axis=-1).astype(v_BSNU.dtype)
+    o_BTNU = jnp.einsum("bnts,bsnu->btnu", p_BNTS, v_BSNU, preferred_element_type=jnp.float32)
+    return o_BTNU.astype(v_BSNU.dtype)

@@ -1,0 +1,75 @@
+"""The DeepSeekMoE feed-forward layer (§2.1.2, Eq. 12).
+
+    h' = u + sum_s FFN_s(u) + sum_i g_i FFN_i(u)          (the residual u is added by the block)
+
+Shared experts see every token and are one SwiGLU as wide as all of them together. Routed experts
+work on rows sorted by expert and padded to blocks (`parallel.dispatch`), so that their products are
+dense blocks on every platform and no token is dropped. The gate multiplies an expert's hidden
+activation rather than its output: the same sum, on fewer numbers.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dsv3.config import Model
+from dsv3.model.layers import SwigluMlp, normal, save_as, swiglu
+from dsv3.model.router import Router, Routing
+from dsv3.numerics.dot import DotRule
+from dsv3.parallel.dispatch import combine, dispatch, dispatch_gates, layout_of
+
+
+class RoutedExperts(nnx.Module):
+    """E SwiGLU networks of hidden width M, each token through K of them."""
+
+    def __init__(self, key: Array, config: Model, dot: DotRule):
+        moe, std = config.moe, config.init_std
+        k_gate, k_up, k_down = jax.random.split(key, 3)
+        into = (moe.routed_experts, config.width, moe.expert_width)
+        self.gate = nnx.Param(normal(k_gate, into, std))
+        self.up = nnx.Param(normal(k_up, into, std))
+        self.down = nnx.Param(normal(k_down, (into[0], into[2], into[1]), std))
+        self.dot = dot
+        self.block = moe.block
+
+    def __call__(self, u_XD: Array, experts_XK: Array, gates_XK: Array) -> Array:
+        layout = layout_of(experts_XK, self.gate.shape[0], self.block)
+        x_PD = save_as("dispatch", dispatch(u_XD, layout))
+        gate_PM = save_as("swiglu_in", self.dot.grouped(x_PD, self.gate[...], layout.expert_Z))
+        up_PM = save_as("swiglu_in", self.dot.grouped(x_PD, self.up[...], layout.expert_Z))
+        g_P1 = dispatch_gates(gates_XK, layout)[:, None]
+        hidden_PM = (swiglu(gate_PM, up_PM) * g_P1).astype(u_XD.dtype)
+        y_PD = self.dot.grouped(hidden_PM, self.down[...], layout.expert_Z)
+        return combine(y_PD, layout)
+
+
+class MoeFfn(nnx.Module):
+    """Shared plus routed experts; returns their sum and the routing's statistics."""
+
+    def __init__(self, key: Array, config: Model, dot: DotRule):
+        k_router, k_routed, k_shared = jax.random.split(key, 3)
+        moe = config.moe
+        self.router = Router(k_router, config)
+        self.routed = RoutedExperts(k_routed, config, dot)
+        hidden = moe.shared_experts * moe.expert_width
+        self.shared = (
+            SwigluMlp(k_shared, config.width, hidden, config.init_std, dot) if hidden else None
+        )
+
+    def __call__(self, u_BTD: Array, valid_BT: Array) -> tuple[Array, Routing]:
+        routing = self.router(u_BTD, valid_BT)
+        u_XD = u_BTD.reshape(-1, u_BTD.shape[-1])
+        y_BTD = self.routed(u_XD, routing.experts_XK, routing.gates_XK).reshape(u_BTD.shape)
+        return y_BTD if self.shared is None else y_BTD + self.shared(u_BTD), routing
+
+
+def experts_loop(experts: RoutedExperts, u_XD: Array, experts_XK: Array, gates_XK: Array) -> Array:
+    """The oracle of `RoutedExperts`: a loop over experts, every token through each, FP32."""
+    u_XD = u_XD.astype(jnp.float32)
+    y_XD = jnp.zeros_like(u_XD)
+    for expert in range(experts.gate.shape[0]):
+        hidden_XM = jax.nn.silu(u_XD @ experts.gate[expert]) * (u_XD @ experts.up[expert])
+        weight_X = jnp.sum(jnp.where(experts_XK == expert, gates_XK, 0.0), axis=-1)
+        y_XD += weight_X[:, None] * (hidden_XM @ experts.down[expert])
+    return y_XD
