@@ -1,0 +1,20 @@
+"""What every test runs under: the CPU, strict shapes, repeatable examples.
+
+Warnings are errors (pyproject.toml) and broadcasting between ranks raises, so a shape that only
+happens to fit fails here. `JAX_PLATFORMS=cuda make test` runs the same tests on another platform.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is first imported
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "short", deadline=None, max_examples=25, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("short")  # --hypothesis-profile=long overrides it
