@@ -111,11 +111,11 @@ class Moe(Section):
     block: int = 128  # rows: each expert's tokens are padded to a multiple of this
 
     def validate(self):
-        self.require_positive("routed_experts", "experts_per_token", "groups", "groups_per_token",
-                              "group_score_experts", "expert_width", "gate_scale", "block")  # fmt: skip
+        self.require_positive("routed_experts", "experts_per_token", "expert_width", "block")
+        self.require_positive("groups", "groups_per_token", "group_score_experts", "gate_scale")
         self.require(self.shared_experts >= 0, "shared_experts", "must not be negative")
         self.require(self.routed_experts % self.groups == 0, "groups",
-                     f"does not divide model.moe.routed_experts = {self.routed_experts}")  # fmt: skip
+                     f"does not divide the {self.routed_experts} routed experts")  # fmt: skip
         self.require(self.groups_per_token <= self.groups, "groups_per_token",
                      f"exceeds model.moe.groups = {self.groups}")  # fmt: skip
         in_group = self.routed_experts // self.groups
@@ -123,7 +123,7 @@ class Moe(Section):
                      f"exceeds the {in_group} experts of a group")  # fmt: skip
         reachable = in_group * self.groups_per_token
         self.require(self.experts_per_token <= reachable, "experts_per_token",
-                     f"exceeds the {reachable} experts that groups_per_token leaves reachable")  # fmt: skip
+                     f"exceeds the {reachable} experts that groups_per_token allows")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Section:
 def field_types(section: type) -> dict[str, Any]:
     """Field name → resolved annotation."""
     hints = typing.get_type_hints(section)
-    return {f.name: hints[f.name] for f in dataclasses.fields(section)}  # pyright: ignore[reportArgumentType]
+    return {f.name: hints[f.name] for f in dataclasses.fields(section)}
 
 
 def variants(annotation: Any) -> dict[str, type[Section]]:
