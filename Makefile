@@ -36,7 +36,8 @@ install:
 	@$(PYTHON) -c '$(NEW)' 2>/dev/null || $(MAKE) --no-print-directory $(VENV)
 	@echo "Installing the pinned packages into $(VENV)"
 	@if uv --version >/dev/null 2>&1; \
-	  then uv pip install --python $(PYTHON) --require-hashes -r requirements.txt; \
+	  then uv pip install --compile-bytecode --python $(PYTHON) \
+	    --require-hashes -r requirements.txt; \
 	  else $(PYTHON) -m ensurepip >/dev/null \
 	    && $(PYTHON) -m pip install --require-hashes -r requirements.txt; fi
 	@cp requirements.txt $(VENV)/installed.txt
