@@ -1,0 +1,152 @@
+"""One optimizer step, as one pure function of state and batch (§4.2).
+
+    gradients over micro-batches -> clip -> AdamW -> router bias by the sign rule -> EMA
+
+Expert counts are summed over the whole batch before the bias moves, once a step. The guard stands
+at the end: if loss or gradient norm is not finite, the new state is the old one, whole, with only
+`skipped` and `skipped_in_a_row` counted up. It is a select over every array, so nothing computed
+from a bad batch survives, the bias and the average included.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from dsv3.config import AuxFree, Config
+from dsv3.model.router import updated_bias
+from dsv3.model.transformer import Stats
+from dsv3.training.losses import Losses, training_loss
+from dsv3.training.optimizer import adamw
+from dsv3.training.schedules import learning_rate, value_at
+from dsv3.training.state import TrainState, graphdef, merge
+
+Metrics = dict[str, Array]
+
+
+def make_step(config: Config) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
+    """The jitted step: (state, int32 tokens [B, T + 1]) to (state, metrics); donates the state.
+
+    Metrics are scalars, and `load` int32 [L, E]: the expert counts of the step.
+    """
+    training = config.training
+    graph, optimizer = graphdef(config), adamw(training.optimizer)
+
+    def step(state: TrainState, tokens_BS: Array) -> tuple[TrainState, Metrics]:
+        tokens = state.sequences.astype(jnp.float32) * training.sequence_length
+        fraction = tokens / training.tokens
+        rate = learning_rate(training, state.step.astype(jnp.float32), fraction)
+        mtp_weight = value_at(training.mtp_weight, fraction)
+
+        gradients, losses, stats = _gradients(config, graph, state, tokens_BS, mtp_weight)
+        norm = optax.global_norm(gradients)
+        gradients = jax.tree.map(
+            lambda g: g * jnp.minimum(1.0, training.clip_norm / (norm + 1e-6)), gradients
+        )
+        updates, moments = optimizer.update(gradients, state.moments, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+
+        speed = value_at(training.bias_speed, fraction)
+        bias = _moved_bias(config, state.router_bias, stats, speed)
+
+        finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
+        keep = functools.partial(_select, finite)
+        taken = finite.astype(jnp.uint32)
+        state = TrainState(
+            step=state.step + taken,
+            sequences=state.sequences + taken * tokens_BS.shape[0],
+            skipped=state.skipped + (1 - taken),
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * (1 - taken),
+            params=keep(params, state.params),
+            router_bias=keep(bias, state.router_bias),
+            moments=keep(moments, state.moments),
+            ema=_averaged(finite, state.ema, params, training.ema_decay),
+        )
+        return state, _metrics(state, losses, stats, norm, rate)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _gradients(config: Config, graph, state: TrainState, tokens_BS: Array, mtp_weight: Array):
+    """FP32 gradients, losses and counts of the whole batch, micro-batch after micro-batch."""
+    dtype = jnp.dtype(config.training.compute_dtype)
+    size = config.training.micro_batch or tokens_BS.shape[0]
+    pieces = tokens_BS.reshape(-1, size, tokens_BS.shape[1])
+
+    def loss(params, tokens):
+        model = merge(graph, params, state.router_bias)
+        return training_loss(model, tokens, mtp_weight, dtype)
+
+    def one(tokens):
+        (_, (losses, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.params, tokens
+        )
+        return gradients, losses, stats
+
+    if len(pieces) == 1:
+        return one(pieces[0])
+
+    def accumulate(total, tokens):
+        return jax.tree.map(jnp.add, total, one(tokens)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, pieces[0]))
+    (gradients, losses, stats), _ = lax.scan(accumulate, zeros, pieces)
+    mean = 1.0 / len(pieces)
+    return *jax.tree.map(lambda x: x * mean, (gradients, losses)), stats
+
+
+def _moved_bias(config: Config, router_bias, stats: Stats, speed: Array):
+    """The router biases after this batch.
+
+    Leaves come in the order of the rows of counts: the stack of MoE layers [L, E], then one bias
+    [E] for each MTP depth.
+    """
+    if not isinstance(config.model.moe.balance, AuxFree):
+        return router_bias
+    biases, structure = jax.tree.flatten(router_bias)
+    ends = np.cumsum([len(jnp.atleast_2d(bias)) for bias in biases])[:-1]
+    counts = jnp.split(stats.counts_LE, ends)
+    moved = [updated_bias(b, c.reshape(b.shape), speed) for b, c in zip(biases, counts, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
+def _select(finite: Array, new, old):
+    """The tree `new` where finite, else `old`."""
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
+def _averaged(finite: Array, ema, params, decay: float | None):
+    """The EMA (§3.2.3): fetched from host memory, moved towards `params`, put back."""
+    if ema is None:
+        return None
+
+    def move(average, p):
+        average = jax.device_put(average, jax.memory.Space.Device)
+        moved = average + (1 - decay) * (p - average)
+        return jax.device_put(jnp.where(finite, moved, average), jax.memory.Space.Host)
+
+    return jax.tree.map(move, ema, params)
+
+
+def _metrics(state: TrainState, losses: Losses, stats: Stats, norm: Array, rate: Array) -> Metrics:
+    load_LE = stats.counts_LE.astype(jnp.float32)
+    mean_L = jnp.maximum(load_LE.mean(axis=-1), 1e-9)
+    violation_L = load_LE.max(axis=-1) / mean_L - 1
+    return {
+        "step": state.step,
+        "sequences": state.sequences,
+        "loss": losses.total,
+        "loss_main": losses.main,
+        "loss_mtp": losses.mtp,
+        "loss_balance": losses.balance,
+        "grad_norm": norm,
+        "lr": rate,
+        "max_violation": violation_L.mean() if violation_L.size else jnp.zeros(()),
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "load": stats.counts_LE,
+    }
