@@ -67,7 +67,8 @@ class Router(nnx.Module):
     def scores(self, u_BTD: Array) -> Array:
         """Affinities s_BTE in (0, 1), float32 (Eq. 15)."""
         u32_BTD = u_BTD.astype(jnp.float32)
-        logits_BTE = jnp.einsum("btd,de->bte", u32_BTD, self.w[...].astype(jnp.float32))
+        w32_DE = self.w[...].astype(jnp.float32)
+        logits_BTE = jnp.einsum("btd,de->bte", u32_BTD, w32_DE, precision=lax.Precision.HIGHEST)
         return save_as("routing", jax.nn.sigmoid(logits_BTE))
 
 
@@ -125,8 +126,9 @@ def imbalance(scores_BTE: Array, valid_BT: Array, config: Moe) -> Array:
 def updated_bias(bias_LE: Array, counts_LE: Array, speed: Array) -> Array:
     """b_i += speed · sign(mean load - load_i) from one optimizer step's whole-batch counts.
 
-    `counts_LE` is int32; the comparison is exact (E · load against the sum), with no dead zone.
+    `counts_LE` is int32; the comparison is exact, with no dead zone, and does not overflow at the
+    report's 63M tokens a step, as E · load against the sum would.
     """
-    experts = counts_LE.shape[-1]
-    excess_LE = counts_LE.sum(axis=-1, keepdims=True) - experts * counts_LE
-    return bias_LE + speed * jnp.sign(excess_LE).astype(bias_LE.dtype)
+    mean_L1, rest_L1 = jnp.divmod(counts_LE.sum(axis=-1, keepdims=True), counts_LE.shape[-1])
+    above_LE = 2 * (counts_LE - mean_L1) - (rest_L1 > 0)
+    return bias_LE - speed * jnp.sign(above_LE).astype(bias_LE.dtype)

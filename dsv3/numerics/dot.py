@@ -34,7 +34,7 @@ class DotRule(Protocol):
 
     def dot_general(
         self, x: Array, w: Array, dimension_numbers: Any, precision: Any = None,
-        preferred_element_type: Any = None,
+        preferred_element_type: Any = None, out_sharding: None = None,
     ) -> Array: ...  # fmt: skip
 
     def grouped(self, x_PI: Array, w_EIO: Array, expert_Z: Array) -> Array: ...
@@ -52,10 +52,11 @@ class PlainDot:
     """Products in the compute dtype (BF16, or FP32 when x is), accumulated in FP32."""
 
     def dot_general(
-        self, x, w, dimension_numbers, precision=None, preferred_element_type=None
-    ) -> Array:
+        self, x, w, dimension_numbers, precision=None, preferred_element_type=None,
+        out_sharding=None,
+    ) -> Array:  # fmt: skip
         """y[..., O] = x[..., I] · w[I, O] in x's dtype; ValueError for any other contraction."""
-        require_linear(x, w, dimension_numbers)
+        require_linear(x, w, dimension_numbers, out_sharding)
         y_XO = _linear(x.reshape(-1, x.shape[-1]), w)
         y = y_XO.reshape(*x.shape[:-1], w.shape[1])
         return y if preferred_element_type is None else y.astype(preferred_element_type)
@@ -65,8 +66,10 @@ class PlainDot:
         return _grouped(x_PI, w_EIO, expert_Z)
 
 
-def require_linear(x: Array, w: Array, dimension_numbers: Any) -> None:
+def require_linear(x: Array, w: Array, dimension_numbers: Any, out_sharding: Any = None) -> None:
     """Raise ValueError unless the contraction is x's last axis with w's first, nothing batched."""
+    if out_sharding is not None:
+        raise ValueError("a dot rule leaves the sharding of its result to its operands")
     (contract_x, contract_w), (batch_x, batch_w) = dimension_numbers
     linear = tuple(contract_x) == (x.ndim - 1,) and tuple(contract_w) == (0,) and w.ndim == 2
     if not linear or tuple(batch_x) or tuple(batch_w):
