@@ -1,0 +1,127 @@
+"""What a run measures, on disk: `metrics.jsonl`, the loads of its experts, TensorBoard.
+
+Reading a device value waits for the step that makes it. So the recorder reads late: it is handed
+the metrics of step n once that step is dispatched, and only then reads those of step n - 1, while
+the device is busy with n. Before a checkpoint, and at the end, `flush` reads what is left; thereby
+a run killed at any moment and resumed has every line once.
+
+    metrics.jsonl   an object a logged step: the scalars
+    loads.jsonl     the same for {"step": n, "load": [L, E]}, the tokens that each expert was given
+    tensorboard/    the scalars again
+
+Logged are step 1, every `reporting.every`-th step, and any step with a value that is not finite.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3.config import Reporting
+from dsv3.errors import DataError
+from dsv3.reporting.lines import append, cut_back, encoded, is_finite, read_rows
+
+METRICS, LOADS = "metrics.jsonl", "loads.jsonl"
+
+
+class Recorder:
+    """Records the metrics of a run that starts, or goes on, after `step`.
+
+    `tokens` were consumed and `skipped` steps refused by then. Lines of an earlier attempt that
+    lie beyond are dropped, and so is a torn last line.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        reporting: Reporting,
+        *,
+        step: int = 0,
+        tokens: int = 0,
+        skipped: int = 0,
+    ):
+        self._metrics, self._loads = Path(workdir) / METRICS, Path(workdir) / LOADS
+        self._every = reporting.every
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._rate_from = (tokens, time.perf_counter())
+        cut_back(self._metrics, {"step": step, "tokens": tokens, "skipped": skipped})
+        cut_back(self._loads, {"step": step})
+        self._metrics.touch()
+        self._events = None
+        if reporting.tensorboard:
+            from dsv3.reporting.tensorboard import EventFile  # costs most of a second to import
+
+            self._events = EventFile(Path(workdir) / "tensorboard", step)
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Take the metrics of `step`, just dispatched; return those of the step before.
+
+        Metrics are scalars or small arrays, on the device or not; `load` [L, E] counts the tokens
+        of each expert, and `tokens` all those consumed so far. An array counts as scalars
+        `name/index`. Returned are Python numbers under the same names, with `step` and, where
+        there is `tokens`, `tokens_per_second` since the last logged step (or the start of the
+        run, so that compilation counts in its first); None where nothing waits.
+        """
+        late = self.flush()
+        for value in metrics.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        self._pending = (step, metrics)
+        return late
+
+    def flush(self) -> dict[str, Any] | None:
+        """Read and write what waits: before a checkpoint, and at the end."""
+        if self._pending is None:
+            return None
+        (step, metrics), self._pending = self._pending, None
+        host = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
+        load = host.pop("load", None)
+        row = {"step": step, **_scalars(host)}
+        now = time.perf_counter()
+        if "tokens" in row:
+            tokens, then = self._rate_from
+            row["tokens_per_second"] = (row["tokens"] - tokens) / (now - then)
+        finite = all(map(is_finite, row.values()))
+        if step == 1 or step % self._every == 0 or not finite:
+            self._rate_from = (row.get("tokens", 0), now)
+            self._log(row, load if finite else None)
+        return row
+
+    def _log(self, row: dict[str, Any], load: np.ndarray | None) -> None:
+        append(self._metrics, encoded(row))
+        if load is not None:
+            append(self._loads, encoded({"step": row["step"], "load": load.tolist()}))
+        if self._events:
+            self._events.scalars(row["step"], {k: v for k, v in row.items() if k != "step"})
+
+
+def _scalars(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        "/".join([name, *map(str, index)]): value.item()
+        for name, array in arrays.items()
+        if name != "step"
+        for index, value in np.ndenumerate(array)
+    }
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, oldest first. Raises DataError where there is no run."""
+    path = Path(workdir) / METRICS
+    if not path.is_file():
+        raise DataError(f"no {METRICS} in {workdir}: it is no run's workdir")
+    return read_rows(path)
+
+
+def read_loads(workdir: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Logged steps int64 [n] and the tokens that each expert then got, float64 [n, L, E].
+
+    All empty where the model has no MoE layers.
+    """
+    path = Path(workdir) / LOADS
+    rows = read_rows(path) if path.is_file() else []
+    steps = np.array([row["step"] for row in rows], np.int64)
+    loads = np.array([row["load"] for row in rows], np.float64)
+    return steps, loads.reshape(len(rows), *(loads.shape[1:] if loads.size else (0, 0)))
