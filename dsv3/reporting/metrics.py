@@ -54,7 +54,7 @@ class Recorder:
         if reporting.tensorboard:
             from dsv3.reporting.tensorboard import EventFile  # costs most of a second to import
 
-            self._events = EventFile(Path(workdir) / "tensorboard", step)
+            self._events = EventFile(Path(workdir) / "tensorboard", step + 1)
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         """Take the metrics of `step`, just dispatched; return those of the step before.
