@@ -6,8 +6,9 @@
     o_i  = sum_{j<=t} softmax_j(q_i · k_ij · scale) v_ij     u = W^O [o_1 ; ... ; o_N]
 
 Only c^KV (after its norm) and k^R need caching at inference: C + R numbers a token. The norms on
-the two latents are those that the report mentions in §4.2 without an equation. Matrices that read
-the same input are stored as one, with the checkpoint's row order: `kv_a` yields [c^KV ; k^R],
+the two latents are those that the report mentions in §4.2 without an equation; their epsilon is
+1e-6 in the released code and in transformers, whatever the other norms' is. Matrices that read the
+same input are stored as one, with the checkpoint's row order: `kv_a` yields [c^KV ; k^R],
 `q_b` yields [q^C_i ; q^R_i] head by head, `kv_b` yields [k^C_i ; v^C_i] head by head.
 """
 
@@ -21,6 +22,8 @@ from dsv3.model.layers import Linear, RMSNorm, save_as
 from dsv3.model.rope import ROTATE, softmax_scale
 from dsv3.numerics.dot import DotRule
 
+LATENT_EPS = 1e-6
+
 
 class Mla(nnx.Module):
     """u_BTD = MLA(h_BTD), causal over the T positions."""
@@ -33,11 +36,11 @@ class Mla(nnx.Module):
             self.q_a = self.q_norm = None
         else:
             self.q_a = Linear(keys[0], config.width, mla.query_latent, std, dot)
-            self.q_norm = RMSNorm(mla.query_latent, config.norm_eps)
+            self.q_norm = RMSNorm(mla.query_latent, LATENT_EPS)
         query_in = mla.query_latent or config.width
         self.q_b = Linear(keys[1], query_in, mla.heads * head_out, std, dot)
         self.kv_a = Linear(keys[2], config.width, mla.kv_latent + mla.rope_dim, std, dot)
-        self.kv_norm = RMSNorm(mla.kv_latent, config.norm_eps)
+        self.kv_norm = RMSNorm(mla.kv_latent, LATENT_EPS)
         kv_out = mla.heads * (mla.nope_dim + mla.value_dim)
         self.kv_b = Linear(keys[3], mla.kv_latent, kv_out, std, dot)
         self.o = Linear(keys[4], mla.heads * mla.value_dim, config.width, std, dot)

@@ -28,7 +28,7 @@ def frequencies(config: Mla) -> np.ndarray:
     if config.yarn is None:
         return plain
     low, high = _correction_range(config, config.yarn)
-    ramp = np.clip((np.arange(len(pairs)) - low) / max(high - low, 1e-3), 0, 1)
+    ramp = np.clip((np.arange(len(pairs)) - low) / (high - low or 1e-3), 0, 1)
     return plain / config.yarn.factor * ramp + plain * (1 - ramp)
 
 
