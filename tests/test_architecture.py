@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ROWS = (
-    ("errors", "files", "schema", "config", "bindings", "sweeps", "shapes"),
+    ("errors", "files", "schema", "config", "counts", "bindings", "sweeps", "shapes"),
     ("numerics",),
     ("parallel",),
     ("model",),
