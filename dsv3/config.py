@@ -190,6 +190,7 @@ class Data(Section):
         self.require_range("fim_rate", 0, 1)
         self.require_range("newline_split_rate", 0, 1)
         self.require(0 < self.held_out < 1, "held_out", "must lie strictly between 0 and 1")
+        self.require(0 <= self.seed < 2**31, "seed", "must fit 31 bits")
         self.require(self.max_bytes is None or self.max_bytes > 0, "max_bytes",
                      "must be positive or None")  # fmt: skip
 
