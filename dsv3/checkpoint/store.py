@@ -67,7 +67,9 @@ class Store:
         self.warn = warn
         if self.directory.exists():
             self._refuse_foreign()
-            self._sweep()
+            with _locked(self.directory, fcntl.LOCK_NB) as alone:
+                if alone:
+                    self._sweep()
 
     def steps(self) -> list[int]:
         """The committed steps, ascending."""
@@ -85,10 +87,12 @@ class Store:
             return
         with self._failing_disk_is_named(step):
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _locked(self.directory), self._temporary(step) as temporary:
+            with _locked(self.directory):
+                self._sweep()
                 _require_space(self.directory, sum(a.nbytes for a in arrays.values()))
-                self._write(temporary, step, arrays, text)
-                temporary.rename(self._path(step))
+                with self._temporary(step) as temporary:
+                    self._write(temporary, step, arrays, text)
+                    temporary.rename(self._path(step))
                 fsync_directory(self.directory)
                 self._retire(newest=step)
 
@@ -183,11 +187,10 @@ class Store:
             shutil.rmtree(retired, ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Remove what killed writers left, unless a live one holds the lock."""
-        with _locked(self.directory, fcntl.LOCK_NB) as free:
-            for name in self._names() if free else ():
-                if name.startswith("tmp-"):
-                    shutil.rmtree(self.directory / name, ignore_errors=True)
+        """Remove what killed and failed writers left; whoever holds the lock is the only one."""
+        for name in self._names():
+            if name.startswith("tmp-"):
+                shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def _refuse_foreign(self) -> None:
         if not self.directory.is_dir():
