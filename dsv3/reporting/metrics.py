@@ -10,6 +10,7 @@ a run killed at any moment and resumed has every line once.
     tensorboard/    the scalars again
 
 Logged are step 1, every `reporting.every`-th step, and any step with a value that is not finite.
+The step is the one that the state counts, so a refused step repeats the number of the last taken.
 """
 
 import time
@@ -30,24 +31,26 @@ METRICS, LOADS = "metrics.jsonl", "loads.jsonl"
 class Recorder:
     """Records the metrics of a run that starts, or goes on, after `step`.
 
-    `tokens` were consumed and `skipped` steps refused by then. Lines of an earlier attempt that
-    lie beyond are dropped, and so is a torn last line.
+    `sequences` of `sequence_length` tokens were consumed and `skipped` steps refused by then. Lines
+    of an earlier attempt that lie beyond are dropped, and so is a torn last line.
     """
 
     def __init__(
         self,
         workdir: str | Path,
         reporting: Reporting,
+        sequence_length: int,
         *,
         step: int = 0,
-        tokens: int = 0,
+        sequences: int = 0,
         skipped: int = 0,
     ):
         self._metrics, self._loads = Path(workdir) / METRICS, Path(workdir) / LOADS
         self._every = reporting.every
-        self._pending: tuple[int, Mapping[str, Any]] | None = None
-        self._rate_from = (tokens, time.perf_counter())
-        cut_back(self._metrics, {"step": step, "tokens": tokens, "skipped": skipped})
+        self._length = sequence_length
+        self._pending: Mapping[str, Any] | None = None
+        self._rate_from = (sequences * sequence_length, time.perf_counter())
+        cut_back(self._metrics, {"step": step, "skipped": skipped})
         cut_back(self._loads, {"step": step})
         self._metrics.touch()
         self._events = None
@@ -56,36 +59,37 @@ class Recorder:
 
             self._events = EventFile(Path(workdir) / "tensorboard", step + 1)
 
-    def record(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Take the metrics of `step`, just dispatched; return those of the step before.
+    def record(self, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Take the metrics of a step just dispatched; return those of the step before.
 
-        Metrics are scalars or small arrays, on the device or not; `load` [L, E] counts the tokens
-        of each expert, and `tokens` all those consumed so far. An array counts as scalars
-        `name/index`. Returned are Python numbers under the same names, with `step` and, where
-        there is `tokens`, `tokens_per_second` since the last logged step (or the start of the
-        run, so that compilation counts in its first); None where nothing waits.
+        Metrics are scalars or small arrays, on the device or not, `step` among them; `load` [L, E]
+        counts the tokens of each expert. An array counts as scalars `name/index`. Returned are
+        Python numbers under the same names; where there is `sequences`, `tokens` stands instead
+        and `tokens_per_second` since the last logged step (or the start of the run, so that
+        compilation counts in its first). None where nothing waits.
         """
         late = self.flush()
         for value in metrics.values():
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
-        self._pending = (step, metrics)
+        self._pending = metrics
         return late
 
     def flush(self) -> dict[str, Any] | None:
         """Read and write what waits: before a checkpoint, and at the end."""
         if self._pending is None:
             return None
-        (step, metrics), self._pending = self._pending, None
+        metrics, self._pending = self._pending, None
         host = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
         load = host.pop("load", None)
-        row = {"step": step, **_scalars(host)}
+        row = {"step": host["step"].item(), **_scalars(host)}
         now = time.perf_counter()
-        if "tokens" in row:
+        if "sequences" in row:
+            row["tokens"] = row.pop("sequences") * self._length
             tokens, then = self._rate_from
             row["tokens_per_second"] = (row["tokens"] - tokens) / (now - then)
         finite = all(map(is_finite, row.values()))
-        if step == 1 or step % self._every == 0 or not finite:
+        if row["step"] == 1 or row["step"] % self._every == 0 or not finite:
             self._rate_from = (row.get("tokens", 0), now)
             self._log(row, load if finite else None)
         return row

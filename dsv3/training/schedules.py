@@ -6,6 +6,8 @@ it to `phase.value` by the time the fraction `phase.until` of `training.tokens` 
 from 1.0 where there is nothing before it.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -53,3 +55,16 @@ def batch_size(training: Training, sequences_consumed: int) -> int:
     wanted = float(value_at(training.batch, fraction, np))
     step = training.batch_increment
     return max(step, int(wanted + 1e-6) // step * step)
+
+
+def steps_to_end(training: Training) -> int:
+    """Optimizer steps that consume `training.tokens`, if none is refused."""
+    total = math.ceil(training.tokens / training.sequence_length)
+    ramp_ends = training.batch[-2].until if len(training.batch) > 1 else 0.0
+    sequences = steps = 0
+    while sequences < ramp_ends * total or training.batch[-1].shape != "constant":
+        if sequences >= total:
+            return steps
+        sequences += batch_size(training, sequences)
+        steps += 1
+    return steps + math.ceil(max(total - sequences, 0) / batch_size(training, sequences))

@@ -5,7 +5,7 @@ Counters stand here and not on the host because a step that the guard refuses mu
 by which all schedules run (uint32: 4.29e9 sequences, 17.6e12 tokens at 4K).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax import Array
 from dsv3.config import Config
 from dsv3.model.router import RouterBias
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import host_sharding
 from dsv3.training.optimizer import adamw
 
 
@@ -31,12 +32,6 @@ class TrainState:
     ema: nnx.State | None  # FP32 average of params, in host memory
 
 
-def graphdef(config: Config) -> nnx.GraphDef:
-    """The static half of the model: `model(graphdef, state)` puts the arrays back in."""
-    abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config.model))
-    return split(abstract)[0]
-
-
 def split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Static structure, trainable parameters, router biases."""
     return nnx.split(model, nnx.Param, RouterBias, graph=False)
@@ -47,26 +42,48 @@ def merge(graph: nnx.GraphDef, params: nnx.State, router_bias: nnx.State) -> Tra
     return nnx.merge(graph, params, router_bias)
 
 
+def graphdef(config: Config) -> nnx.GraphDef:
+    """The static half of the model, without making any array."""
+    return split(jax.eval_shape(lambda: _initial_model(config)))[0]
+
+
 def create(config: Config) -> TrainState:
-    """The state before the first step, from `training.seed`; made inside one jitted program."""
-
-    def make():
-        model = Transformer(jax.random.key(config.training.seed), config.model)
-        return from_model(config, model)
-
-    return jax.jit(make)()
+    """The state before the first step, from `training.seed`; made by one jitted program."""
+    return _placed(jax.jit(lambda: _start(config, _initial_model(config)))())
 
 
 def from_model(config: Config, model: Transformer) -> TrainState:
-    """A state that starts training from `model`'s parameters."""
+    """The state that starts training from `model`'s parameters."""
+    return _placed(jax.jit(lambda m: _start(config, m))(model))
+
+
+def abstract(config: Config) -> TrainState:
+    """Shapes, dtypes and placement of the state, for restoring into."""
+    state = jax.eval_shape(lambda: _start(config, _initial_model(config)))
+    host = host_sharding()
+    ema = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), state.ema)
+    return replace(state, ema=ema)
+
+
+def _initial_model(config: Config) -> Transformer:
+    return Transformer(jax.random.key(config.training.seed), config.model)
+
+
+def _start(config: Config, model: Transformer) -> TrainState:
     _, params, router_bias = split(model)
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    ema = None if config.training.ema_decay is None else jax.tree.map(jnp.copy, params)
+    return TrainState(
+        step=jnp.zeros((), jnp.uint32),
+        sequences=jnp.zeros((), jnp.uint32),
+        skipped=jnp.zeros((), jnp.uint32),
+        skipped_in_a_row=jnp.zeros((), jnp.uint32),
+        params=params,
+        router_bias=router_bias,
+        moments=adamw(config.training.optimizer).init(params),
+        ema=ema,
+    )
 
-    def zero():
-        return jnp.zeros((), jnp.uint32)
 
-    ema = None
-    if config.training.ema_decay is not None:
-        ema = jax.tree.map(lambda p: jax.device_put(p, jax.memory.Space.Host), params)
-    moments = adamw(config.training.optimizer).init(params)
-    return TrainState(zero(), zero(), zero(), zero(), params, router_bias, moments, ema)
+def _placed(state: TrainState) -> TrainState:
+    return replace(state, ema=jax.device_put(state.ema, host_sharding()))

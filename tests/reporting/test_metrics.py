@@ -12,16 +12,17 @@ from dsv3.errors import DataError
 from dsv3.reporting.metrics import Recorder, read_loads, read_metrics
 
 QUIET = Reporting(every=2, tensorboard=False)
+LENGTH = 100  # tokens of a sequence
 
 
 def metrics(step, **others):
     load = jnp.full((2, 4), step, jnp.int32)
-    return {"tokens": 100 * step, "loss": jnp.float32(1 / step), "load": load, **others}
+    return {"step": step, "sequences": step, "loss": jnp.float32(1 / step), "load": load, **others}
 
 
 def run(recorder, steps):
     for step in steps:
-        recorder.record(step, metrics(step))
+        recorder.record(metrics(step))
     recorder.flush()
 
 
@@ -41,10 +42,10 @@ class Probe:
 
 
 def test_a_step_is_read_after_the_next_is_dispatched(tmp_path):
-    recorder, read = Recorder(tmp_path, QUIET), []
-    assert recorder.record(1, {"loss": Probe(1.5, read)}) is None
+    recorder, read = Recorder(tmp_path, QUIET, LENGTH), []
+    assert recorder.record({"step": 1, "loss": Probe(1.5, read)}) is None
     assert read == []
-    assert recorder.record(2, {"loss": Probe(2.5, read)}) == {"step": 1, "loss": 1.5}
+    assert recorder.record({"step": 2, "loss": Probe(2.5, read)}) == {"step": 1, "loss": 1.5}
     assert read == [1.5]
     assert recorder.flush() == {"step": 2, "loss": 2.5}
     assert recorder.flush() is None
@@ -52,9 +53,9 @@ def test_a_step_is_read_after_the_next_is_dispatched(tmp_path):
 
 
 def test_logged_are_the_first_step_every_kth_and_the_broken_ones(tmp_path):
-    recorder = Recorder(tmp_path, QUIET)
+    recorder = Recorder(tmp_path, QUIET, LENGTH)
     run(recorder, range(1, 6))
-    recorder.record(7, metrics(7, grad_norm=np.float32("inf")))
+    recorder.record(metrics(7, grad_norm=np.float32("inf")))
     recorder.flush()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 4, 7]
     steps, loads_nLE = read_loads(tmp_path)
@@ -64,9 +65,9 @@ def test_logged_are_the_first_step_every_kth_and_the_broken_ones(tmp_path):
 
 
 def test_lines_are_strict_json_of_plain_numbers(tmp_path):
-    recorder = Recorder(tmp_path, QUIET)
+    recorder = Recorder(tmp_path, QUIET, LENGTH)
     odd = {"loss": jnp.float32("nan"), "grad_norm": float("-inf"), "lr": jnp.bfloat16(0.5)}
-    recorder.record(1, {"step": 99, **odd, "skipped": np.uint32(3), "loss_mtp": jnp.array([1, 2])})
+    recorder.record({"step": 1, **odd, "skipped": np.uint32(3), "loss_mtp": jnp.array([1, 2])})
     recorder.flush()
 
     def refuse(constant):
@@ -85,8 +86,8 @@ def test_lines_are_strict_json_of_plain_numbers(tmp_path):
 
 def test_floats_are_kept_exactly(tmp_path):
     value = np.float32(1) / 3
-    recorder = Recorder(tmp_path, QUIET)
-    recorder.record(1, {"loss": jnp.asarray(value)})
+    recorder = Recorder(tmp_path, QUIET, LENGTH)
+    recorder.record({"step": 1, "loss": jnp.asarray(value)})
     recorder.flush()
     assert np.float32(read_metrics(tmp_path)[0]["loss"]) == value
 
@@ -94,10 +95,10 @@ def test_floats_are_kept_exactly(tmp_path):
 def test_the_rate_counts_from_the_last_logged_step(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    recorder = Recorder(tmp_path, QUIET, step=4, tokens=400)
+    recorder = Recorder(tmp_path, QUIET, LENGTH, step=4, sequences=4)
     rates = []
     for step in range(5, 10):
-        recorder.record(step, metrics(step))
+        recorder.record(metrics(step))
         now[0] += 1.0 if step < 7 else 0.5
         row = recorder.flush()
         assert row is not None
@@ -112,7 +113,7 @@ def test_the_rate_counts_from_the_last_logged_step(tmp_path, monkeypatch):
 def test_a_run_cut_anywhere_and_resumed_has_every_line_once(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
-    recorder = Recorder(whole, QUIET)
+    recorder = Recorder(whole, QUIET, LENGTH)
     run(recorder, range(1, 5))
     safe = {name: (whole / name).stat().st_size for name in ("metrics.jsonl", "loads.jsonl")}
     run(recorder, range(5, 9))
@@ -125,45 +126,45 @@ def test_a_run_cut_anywhere_and_resumed_has_every_line_once(tmp_path):
             for file in safe:
                 (killed / file).write_bytes((whole / file).read_bytes())
             (killed / name).write_bytes(content[:size])
-            run(Recorder(killed, QUIET, step=4, tokens=400), range(5, 9))
+            run(Recorder(killed, QUIET, LENGTH, step=4, sequences=4), range(5, 9))
             assert without_rates(read_metrics(killed)) == without_rates(read_metrics(whole))
             assert (killed / "loads.jsonl").read_bytes() == (whole / "loads.jsonl").read_bytes()
 
 
 def test_a_fresh_start_drops_the_lines_of_a_run_without_checkpoint(tmp_path):
-    run(Recorder(tmp_path, QUIET), range(1, 5))
-    Recorder(tmp_path, QUIET)
+    run(Recorder(tmp_path, QUIET, LENGTH), range(1, 5))
+    Recorder(tmp_path, QUIET, LENGTH)
     assert read_metrics(tmp_path) == []
     assert read_loads(tmp_path)[1].shape == (0, 0, 0)
 
 
 def test_refused_steps_beyond_the_checkpoint_are_dropped(tmp_path):
     """A refused step does not move `step`, so `skipped` tells what a checkpoint knew of."""
-    recorder = Recorder(tmp_path, QUIET)
+    recorder = Recorder(tmp_path, QUIET, LENGTH)
     for step, loss, skipped in [(2, 1.0, 0), (2, np.nan, 1), (2, np.nan, 2), (4, 1.0, 2)]:
-        recorder.record(step, {"loss": loss, "skipped": skipped})
+        recorder.record({"step": step, "loss": loss, "skipped": skipped})
     recorder.flush()
-    Recorder(tmp_path, QUIET, step=2, skipped=1)
+    Recorder(tmp_path, QUIET, LENGTH, step=2, skipped=1)
     assert [row["skipped"] for row in read_metrics(tmp_path)] == [0, 1]
 
 
 def test_a_damaged_line_is_named_and_a_missing_run_too(tmp_path):
     with pytest.raises(DataError, match=r"no metrics\.jsonl in .*: it is no run's workdir"):
         read_metrics(tmp_path)
-    run(Recorder(tmp_path, QUIET), range(1, 5))
+    run(Recorder(tmp_path, QUIET, LENGTH), range(1, 5))
     file = tmp_path / "metrics.jsonl"
     first, *rest = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(first + b"\0\0\n" + b"".join(rest))
-    for use in (lambda: read_metrics(tmp_path), lambda: Recorder(tmp_path, QUIET, step=4)):
+    for use in (lambda: read_metrics(tmp_path), lambda: Recorder(tmp_path, QUIET, LENGTH, step=4)):
         with pytest.raises(DataError, match=r"metrics\.jsonl:2 is no line of metrics"):
             use()
 
 
 def test_a_full_disk_names_the_file(tmp_path):
-    recorder = Recorder(tmp_path, QUIET)
+    recorder = Recorder(tmp_path, QUIET, LENGTH)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    recorder.record(1, metrics(1))
+    recorder.record(metrics(1))
     with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
         recorder.flush()
 
@@ -189,7 +190,7 @@ def events(path):
 
 
 def test_tensorboard_gets_the_scalars(tmp_path):
-    run(Recorder(tmp_path, Reporting(every=2)), range(1, 5))
+    run(Recorder(tmp_path, Reporting(every=2), LENGTH), range(1, 5))
     (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     first, session, *steps = events(file)
     assert first.file_version == "brain.Event:2"
@@ -202,6 +203,6 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 
 def test_a_resumed_run_marks_the_first_step_that_earlier_files_no_longer_count_for(tmp_path):
     for step in (0, 40):
-        Recorder(tmp_path, Reporting(every=2), step=step)
+        Recorder(tmp_path, Reporting(every=2), LENGTH, step=step)
     files = sorted((tmp_path / "tensorboard").iterdir())
     assert [event.step for file in files for event in events(file)] == [1, 1, 41, 41]

@@ -20,12 +20,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def recorded(workdir, steps, loads=(3, 8), broken=()):
     workdir.mkdir(exist_ok=True)
-    recorder = Recorder(workdir, Reporting(every=1, tensorboard=False))
+    recorder = Recorder(workdir, Reporting(every=1, tensorboard=False), 1)
     for step in range(1, steps + 1):
         loss = float("nan") if step in broken else 8 / step
         row = dict.fromkeys(["loss", "loss_main", "loss_mtp", "grad_norm"], loss)
         row |= {"tokens": 64 * step, "lr": 1e-3, "max_violation": 0.5}
-        recorder.record(step, row | {"load": np.full(loads, step)})
+        recorder.record({"step": step, **row, "load": np.full(loads, step)})
     recorder.flush()
     return workdir
 

@@ -18,9 +18,9 @@ RUNS = chain(
 
 def recorded(workdir, losses):
     workdir.mkdir(parents=True)
-    recorder = Recorder(workdir, Reporting(every=1, tensorboard=False))
+    recorder = Recorder(workdir, Reporting(every=1, tensorboard=False), 1)
     for step, loss in enumerate(losses, start=1):
-        recorder.record(step, {"tokens": 1000 * step, "loss": loss})
+        recorder.record({"step": step, "sequences": 1000 * step, "loss": loss})
     recorder.flush()
 
 

@@ -1,0 +1,176 @@
+"""Train a model: configuration -> data -> state -> loop, and what a run prints at its end.
+
+    python train.py configs/tiny.py --workdir runs/tiny
+    python train.py configs/tiny.py --workdir runs/tiny --set model.moe.experts_per_token=2
+    python train.py configs/tiny.py --workdir runs/balance --sweep balance [--index 1]
+
+The same command on the same workdir goes on where the run stopped, bit for bit. Ctrl-C or SIGTERM
+saves and ends it; a second one ends it at once.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from dsv3 import counts
+from dsv3.bindings import apply, difference, operative, parse, read_bindings
+from dsv3.checkpoint.store import Store
+from dsv3.config import Config
+from dsv3.data.loader import Loader
+from dsv3.data.prepare import Prepared, prepare
+from dsv3.data.progress import progress_bars
+from dsv3.errors import exits_cleanly
+from dsv3.evaluation.closing import closing_report
+from dsv3.files import write_atomically
+from dsv3.reporting.metrics import Recorder
+from dsv3.reporting.plots import compare_runs, plot_run
+from dsv3.reporting.progress import TrainingProgress
+from dsv3.reporting.results import collect, write_results
+from dsv3.sweeps import Sweep, describe, load_config, load_sweep, select
+from dsv3.training import state as train_state
+from dsv3.training.loop import Run, StopRequest
+from dsv3.training.schedules import steps_to_end
+from dsv3.training.step import make_step
+
+
+def train(
+    config: Config, workdir: str | Path, steps: int | None = None, stop: StopRequest | None = None
+) -> train_state.TrainState:
+    """Train in `workdir`, resuming what is there, to optimizer step `steps` or to the end."""
+    workdir, stop = Path(workdir), stop or StopRequest()
+    workdir.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache).expanduser() / "xla"))
+    with progress_bars() as progress:
+        prepared = prepare(config, progress)
+    total = min(steps or sys.maxsize, steps_to_end(config.training))
+    with TrainingProgress(total, config.reporting.every) as shown:
+        store = Store(workdir / "checkpoints", config.checkpoint.keep, shown.say)
+        loader = Loader(prepared, config)
+        state, sequences_read = start_or_resume(config, store, loader, shown.say)
+        describe_run(config, prepared, workdir, shown.say)
+
+        def save(state: train_state.TrainState) -> None:
+            position = {"loader": loader.state(), "sequences_read": run.sequences_read}
+            packages = {name: version(name) for name in ("jax", "flax", "optax")}
+            extra = {**position, "config": operative(config), "packages": packages}
+            store.save(int(state.step), state, extra)
+
+        recorder = Recorder(
+            workdir, config.reporting, config.training.sequence_length, step=int(state.step),
+            sequences=int(state.sequences), skipped=int(state.skipped),
+        )  # fmt: skip
+        step = make_step(config)
+        run = Run(config, step, loader, recorder, save, shown.update, stop, sequences_read)
+        with stop.listening():
+            state = run.until(state, steps)
+        if stop.name:
+            shown.say(f"{stop.name}: saved step {int(state.step)}; the same command goes on")
+        elif int(state.step) == total:
+            finish(config, workdir, prepared, state, shown.say)
+    return state
+
+
+def start_or_resume(
+    config: Config, store: Store, loader: Loader, say: Callable[[str], None]
+) -> tuple[train_state.TrainState, int]:
+    """The newest sound checkpoint's state, the loader put where it was; else a fresh state."""
+    restored = store.restore(train_state.abstract(config))
+    if restored is None:
+        return train_state.create(config), 0
+    before = apply(Config(), parse(restored.extra["config"]))
+    for path, value in difference(config, before).items():
+        say(f"changed since step {restored.step}: {path} = {value!r}")
+    loader.restore(restored.extra["loader"])
+    say(f"resuming after step {restored.step}")
+    return restored.state, restored.extra["sequences_read"]
+
+
+def describe_run(config: Config, prepared: Prepared, workdir: Path, say: Callable[[str], None]):
+    """Write what reproduces the run, and say what will be trained."""
+    write_atomically(workdir / "config.gin", operative(config))
+    if prepared.tokenizer is not None:
+        prepared.tokenizer.save(workdir / "tokenizer.json")
+    total, active = counts.parameters(config.model).total, counts.activated(config.model).total
+    say(f"data: {prepared.describe()}")
+    say(
+        f"model: {total:,} parameters, {active:,} activated a token; dot rule "
+        f"{config.model.dot.tag!r} in {config.training.compute_dtype} on {jax.default_backend()}"
+    )
+
+
+def finish(
+    config: Config, workdir: Path, prepared: Prepared, state: train_state.TrainState,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Evaluate, sample and plot."""
+    graph = train_state.graphdef(config)
+    model = train_state.merge(graph, state.params, state.router_bias)
+    figures, lines = closing_report(config, model, prepared)
+    for line in lines:
+        say(line)
+    if figures:
+        write_atomically(workdir / "results.json", json.dumps(figures) + "\n")
+    if config.reporting.plots:
+        say(f"plots: {', '.join(str(path) for path in plot_run(workdir))}")
+
+
+def sweep(
+    base: Config, sweep: Sweep, folder: str | Path, index: int | None = None,
+    steps: int | None = None,
+) -> str:  # fmt: skip
+    """Train every run of a sweep in `folder/<run id>`, or run `index` alone; the results' table."""
+    runs, stop = sweep.runs(base), StopRequest()
+    for run in runs if index is None else [select(runs, index)]:
+        print(f"run {run.id}: {describe(run.bindings)}", flush=True)
+        train(run.config, Path(folder) / run.id, steps, stop)
+        if stop.name:
+            break
+    rows = collect(folder, runs)
+    begun = [run for run, found in rows if found]
+    if begun and base.reporting.plots:
+        labels = [describe(run.bindings) for run in begun]
+        compare_runs([Path(folder) / run.id for run in begun], labels, Path(folder) / "losses.png")
+    return write_results(folder, rows)
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    summary, _, usage = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a configuration file, configs/*.py")
+    parser.add_argument("--workdir", required=True, help="where the run, or the sweep, is kept")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings_set")
+    parser.add_argument("--bindings", metavar="FILE", help="a file of bindings, made before --set")
+    parser.add_argument("--sweep", metavar="NAME", help="a sweep of the configuration file")
+    parser.add_argument("--index", type=int, help="only this run of the sweep, from 0")
+    parser.add_argument("--steps", type=int, help="end after this optimizer step")
+    options = parser.parse_args(arguments)
+    if options.index is not None and options.sweep is None:
+        parser.error("--index wants --sweep")
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps {options.steps} must be at least 1")
+    return options
+
+
+@exits_cleanly
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(arguments)
+    bindings = read_bindings(options.bindings) if options.bindings else []
+    for text in options.bindings_set:
+        bindings += parse(text)
+    config = apply(load_config(options.config), bindings)
+    if options.sweep is None:
+        train(config, options.workdir, options.steps)
+    else:
+        named = load_sweep(options.config, options.sweep)
+        print(sweep(config, named, options.workdir, options.index, options.steps), end="")
+
+
+if __name__ == "__main__":
+    main()
