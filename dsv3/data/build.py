@@ -59,7 +59,7 @@ def build(
     tokenizer.save(folder / "tokenizer.json")
     facts, held_out = Counter(), []
     arrays = _token_arrays(
-        _noting(corpus.documents(), survey, facts, held_out, progress),
+        _set_aside(corpus.documents(), survey, facts, held_out, progress),
         Augmentation(tokenizer, config.data),
         facts,
     )
@@ -108,7 +108,7 @@ def _training_texts(corpus: Corpus, survey: Survey, progress: Progress) -> Itera
         progress("training the tokenizer", done, survey.characters)
 
 
-def _noting(
+def _set_aside(
     documents: Iterable[Document],
     survey: Survey,
     facts: Counter,

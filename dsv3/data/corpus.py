@@ -25,7 +25,7 @@ import os
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -91,7 +91,7 @@ class Corpus:
             if not document.text:
                 self.skipped["empty"] += 1
             elif (number := document.number) in seen:
-                self.skipped["exact copies"] += 1
+                self.skipped["duplicate"] += 1
             else:
                 seen.add(number)
                 size += len(document.text.encode())
@@ -225,7 +225,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 @contextmanager
-def _reading(file: Path):
+def _reading(file: Path) -> Generator[None]:
     """Turn what goes wrong while reading `file` into a DataError that names it."""
     try:
         yield
@@ -236,7 +236,7 @@ def _reading(file: Path):
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[io.BufferedIOBase]:
+def _opened(file: Path) -> Generator[io.BufferedIOBase]:
     with _reading(file), file.open("rb") as raw:
         match file.suffix.lower():
             case ".gz":

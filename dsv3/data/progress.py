@@ -1,6 +1,6 @@
 """The progress of data preparation as a bar on the terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -9,7 +9,7 @@ from dsv3.data import build
 
 
 @contextmanager
-def progress_bars() -> Iterator[build.Progress]:
+def progress_bars() -> Generator[build.Progress]:
     """A `progress` for `prepare`: one bar for each stage, none where nothing is to be done."""
     bars = Progress(TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
     tasks = {}
@@ -25,4 +25,5 @@ def progress_bars() -> Iterator[build.Progress]:
     try:
         yield progress
     finally:
-        bars.stop()
+        if tasks:
+            bars.stop()

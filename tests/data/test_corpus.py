@@ -65,7 +65,7 @@ def test_folder_takes_text_and_says_what_it_left_out(tmp_path):
     ]
     assert corpus.skipped == {
         "empty": 2,
-        "exact copies": 2,
+        "duplicate": 2,
         "not text by its name (.PNG)": 1,
         "not text by its name (no suffix)": 1,
     }
