@@ -11,8 +11,8 @@ directory is renamed and the rename fsynced. Only the final name makes it a step
 moment leaves the earlier ones as they were. A restore takes the newest step whose every file and
 array hashes to what was saved; a damaged one is named, set aside and never deleted.
 
-Saving is synchronous: 60 MB take about half a second, once in hundreds of steps, and a thread would
-have to copy the state first, since the step donates its buffers. Files are the business of one
+Saving is synchronous: 60 MB take about a second, once in hundreds of steps, and a thread would have
+to copy the state first, since the step donates its buffers. Files are the business of one
 process; several would each need to hand orbax their shards and let the first write the manifest.
 """
 
