@@ -122,7 +122,8 @@ def make(folder: Path, fields: dict, how: dict, seed: int) -> dict[str, np.ndarr
     output.loss.backward()
     golden = {"tokens": tokens.numpy().astype(np.int32), "logits": output.logits.detach().numpy(),
               "loss": np.float32(output.loss.item())}  # fmt: skip
-    golden |= {f"grad/{k}": g.numpy() for k, g in gradients(model) if sampled(k)}
+    golden |= {f"grad/{k}": g.numpy() for k, g in gradients(model)
+               if sampled(k, fields["first_k_dense_replace"])}  # fmt: skip
     if how.get("dtype"):
         stored = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=how["dtype"])
         golden["logits_stored"] = stored(input_ids=tokens).logits.float().detach().numpy()
@@ -287,10 +288,10 @@ def gradients(model):
             yield name, gradient
 
 
-def sampled(name: str) -> bool:
-    """Everything but most of the experts: those of layer 1, numbers 0 to 2, are kept."""
+def sampled(name: str, first_moe_layer: int) -> bool:
+    """Everything but most of the experts: numbers 0 to 2 of the first MoE layer are kept."""
     expert = re.search(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.", name)
-    return expert is None or (expert[1] == "1" and int(expert[2]) < 3)
+    return expert is None or (int(expert[1]) == first_moe_layer and int(expert[2]) < 3)
 
 
 def mtp_logits(model, tensors: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
