@@ -1,0 +1,61 @@
+"""Logits of given tokens, for comparing implementations: FP32, every position, every depth.
+
+The arrays of the answer: `logits` [B, T, V], where position i scores token i + 1, and for a model
+with MTP `mtp_logits` (depth 1), `mtp_logits_2`, ...: depth k at position i scores token i + k + 1.
+Its last k positions, for which there is no token ahead to read, hold nothing of meaning.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dsv3.errors import DataError
+from dsv3.model.transformer import Transformer
+
+POSITIONS = 4096  # of one forward pass: about this many, in whole sequences
+
+
+def read_tokens(path: str | os.PathLike, vocab: int) -> np.ndarray:
+    """int32 [B, T] from a .npy file. Raises DataError naming what is wrong, and the first id that
+    is not below `vocab`."""
+    path = Path(path)
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise DataError(f"tokens {path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise DataError(f"tokens {path} is no .npy file of integers: {error}") from error
+    if not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu":
+        given = getattr(tokens, "dtype", "an .npz archive")
+        raise DataError(f"tokens {path} holds {given}, not integers")
+    if tokens.ndim != 2 or not tokens.size:
+        raise DataError(f"tokens {path} has shape {list(tokens.shape)}, not [B, T] with tokens")
+    wrong = np.argwhere((tokens < 0) | (tokens >= vocab))
+    if len(wrong):
+        row, position = map(int, wrong[0])
+        found = f"{path}[{row}, {position}] = {tokens[row, position]}"
+        raise DataError(f"tokens {found} is no id of the vocabulary, 0 to {vocab - 1}")
+    return tokens.astype(np.int32)
+
+
+def logits(model: Transformer, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of the module docstring, float32, computed in FP32."""
+    answer: dict[str, np.ndarray] = {}
+    rows = max(1, POSITIONS // tokens_BT.shape[1])
+    for start in range(0, len(tokens_BT), rows):
+        chunk_BT = tokens_BT[start : start + rows]
+        for name, part_BTV in _logits(model, chunk_BT).items():
+            whole = answer.setdefault(name, np.empty((len(tokens_BT), *part_BTV.shape[1:]), "f4"))
+            whole[start : start + rows] = part_BTV
+    return answer
+
+
+@jax.jit
+def _logits(model: Transformer, tokens_BT: Array) -> dict[str, Array]:
+    output = model(tokens_BT, dtype=jnp.dtype("float32"))
+    names = ["mtp_logits", *(f"mtp_logits_{k}" for k in range(2, len(output.mtp_logits) + 1))]
+    return {"logits": output.logits_BTV} | dict(zip(names, output.mtp_logits, strict=False))
