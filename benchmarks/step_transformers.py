@@ -44,6 +44,8 @@ SHAPE = {
     "n_shared_experts": 1,
     "num_nextn_predict_layers": 0,
     "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
     "initializer_range": 0.006,
     "max_position_embeddings": 4096,
 }

@@ -1,4 +1,4 @@
-"""The layout of the hub: parity with transformers (tests/golden), and what is wrong with a folder."""
+"""The hub's layout: parity with transformers (tests/golden), and what is wrong with a folder."""
 
 import functools
 import json
