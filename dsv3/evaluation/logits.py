@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from dsv3.errors import DataError
-from dsv3.model.transformer import Transformer
+from dsv3.model.transformer import Output, Transformer
 
 POSITIONS = 4096  # of one forward pass: about this many, in whole sequences
 
@@ -56,6 +56,10 @@ def logits(model: Transformer, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
 
 @jax.jit
 def _logits(model: Transformer, tokens_BT: Array) -> dict[str, Array]:
-    output = model(tokens_BT, dtype=jnp.dtype("float32"))
-    names = ["mtp_logits", *(f"mtp_logits_{k}" for k in range(2, len(output.mtp_logits) + 1))]
-    return {"logits": output.logits_BTV} | dict(zip(names, output.mtp_logits, strict=False))
+    return _named(model(tokens_BT, dtype=jnp.dtype("float32")))
+
+
+def _named(output: Output) -> dict[str, Array]:
+    depths = range(1, len(output.mtp_logits) + 1)
+    names = ["mtp_logits" if depth == 1 else f"mtp_logits_{depth}" for depth in depths]
+    return {"logits": output.logits_BTV} | dict(zip(names, output.mtp_logits, strict=True))

@@ -1,0 +1,81 @@
+"""A trained model with its configuration and tokenizer: where evaluation starts.
+
+It comes from a run's workdir (config.gin, tokenizer.json and the newest sound checkpoint) or from a
+folder in the layout of the Hugging Face hub. The tokenizer is read on demand: logits need none.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from dsv3.bindings import apply, read_bindings
+from dsv3.checkpoint import huggingface
+from dsv3.checkpoint.store import Store
+from dsv3.config import Config
+from dsv3.data import tokenizer
+from dsv3.errors import CheckpointError, DataError, nearest
+from dsv3.model.transformer import Transformer
+from dsv3.training import state
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`config` as it was trained, `model` on the default device, and the folder they came from."""
+
+    config: Config
+    model: Transformer
+    folder: Path
+
+    def tokenizer(self) -> tokenizer.Tokenizer:
+        """Raises DataError where the folder has none, or one with more ids than the model."""
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            raise DataError(f"{self.folder} has no tokenizer.json, so it cannot read or write text")
+        found = tokenizer.load(path)
+        ids, vocab = found.vocab_size, self.config.model.vocab
+        if ids > vocab:
+            raise DataError(f"{path} has {ids} ids, more than model.vocab = {vocab}")
+        return found
+
+
+def from_workdir(
+    workdir: str | os.PathLike, warn: Callable[[str], None], *, ema: bool = False
+) -> Trained:
+    """The model of a run at its newest sound checkpoint: the live parameters, or their average.
+
+    `warn` hears of damaged checkpoints. Raises ConfigError or CheckpointError where there is no
+    run, no checkpoint, one that does not fit config.gin, or no average.
+    """
+    folder = _folder(workdir, "workdir")
+    if not (folder / "config.gin").exists():
+        raise CheckpointError(f"{folder} is no run: it has no config.gin")
+    config = apply(Config(), read_bindings(folder / "config.gin"))
+    store = Store(folder / "checkpoints", config.checkpoint.keep, warn)
+    restored = store.restore(state.abstract(config))
+    if restored is None:
+        raise CheckpointError(f"no checkpoint in {store.directory} yet")
+    params = restored.state.params
+    if ema:
+        if restored.state.ema is None:
+            raise CheckpointError(f"{folder} keeps no average: training.ema_decay = None")
+        params = jax.device_put(restored.state.ema, jax.memory.Space.Device)
+    model = state.merge(state.graphdef(config), params, restored.state.router_bias)
+    return Trained(config, model, folder)
+
+
+def from_hf(directory: str | os.PathLike) -> Trained:
+    """The model of a Hugging Face folder, its parameters in the checkpoint's precision."""
+    folder = _folder(directory, "Hugging Face folder")
+    config, model = huggingface.load(folder)
+    return Trained(config, model, folder)
+
+
+def _folder(path: str | os.PathLike, kind: str) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        beside = [p.name for p in path.parent.glob("*/")]
+        raise CheckpointError(f"no {kind} {path}{nearest(path.name, beside) if beside else ''}")
+    return path

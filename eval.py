@@ -1,0 +1,157 @@
+"""Evaluate a trained model: a run's workdir, or a checkpoint in the layout of the Hugging Face hub.
+
+    python eval.py bpb      --workdir runs/tiny            bits per byte on held-out documents
+    python eval.py generate --workdir runs/tiny --prompt 'def main(' --temperature 0.8 --top-p 0.95
+    python eval.py generate --hf DIR --prompt 'def f(' --fim-suffix 'return x'     what lies between
+    python eval.py logits   --hf DIR --tokens T.npy --out O.npz
+
+`generate` writes the new text to stdout and nothing else. `logits` reads integers [B, T] and writes
+float32 `logits` [B, T, V], for a model with MTP also `mtp_logits` [B, T, V], its depth 1.
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3.bindings import apply, parse
+from dsv3.checkpoint.trained import Trained, from_hf, from_workdir
+from dsv3.config import Config
+from dsv3.errors import ConfigError, UserError, exits_cleanly
+from dsv3.evaluation import bits_per_byte as bpb
+from dsv3.evaluation.logits import logits, read_tokens
+from dsv3.files import write_atomically
+from dsv3.inference import generate as inference
+from dsv3.inference.sampling import sampler_of
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as everything else does."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def run_bpb(trained: Trained, config: Config, options: argparse.Namespace) -> None:
+    tokenizer = trained.tokenizer()
+    texts = bpb.held_out_texts(bpb.held_out(config.data), config.evaluation.held_out_bytes)
+    length, dtype = config.training.sequence_length, jnp.dtype(config.training.compute_dtype)
+    found = bpb.bits_per_byte(trained.model, tokenizer, texts, length, dtype)
+    print(f"held out: {len(texts):,} documents, {found.bytes:,} bytes, {found.tokens:,} tokens")
+    print(f"model     {found.value:.4f} bits per byte")
+    print(f"xz -9     {bpb.compressor_bits_per_byte(texts):.4f} bits per byte")
+
+
+def run_generate(trained: Trained, config: Config, options: argparse.Namespace) -> None:
+    tokenizer, context = trained.tokenizer(), inference.context_length(config)
+    if options.fim_suffix is None:
+        prompt = inference.prompt_tokens(tokenizer, options.prompt)
+    else:
+        prompt = inference.fim_tokens(tokenizer, options.prompt, options.fim_suffix)
+    [completion] = inference.generate(
+        trained.model,
+        [prompt],
+        options.sampler,
+        options.max_tokens,
+        stop=[tokenizer.eos],
+        vocab=tokenizer.vocab_size,
+        context=context,
+        seed=options.seed,
+        dtype=jnp.dtype(config.training.compute_dtype),
+    )
+    print(inference.completion_text(tokenizer, completion))
+    if not completion.stopped and len(completion.tokens) < options.max_tokens:
+        warn(f"ended after {len(completion.tokens)} tokens: the context of {context} is full")
+
+
+def run_logits(trained: Trained, config: Config, options: argparse.Namespace) -> None:
+    tokens_BT = read_tokens(options.tokens, config.model.vocab)
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **logits(trained.model, tokens_BT))
+    write_atomically(options.out, content.getvalue())
+
+
+def check_generate(options: argparse.Namespace) -> None:
+    if options.speculative:
+        raise UserError("--speculative is not implemented yet: it needs the latent cache")
+    options.sampler = sampler_of(options.temperature, options.top_k, options.top_p)
+
+
+def check_logits(options: argparse.Namespace) -> None:
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        raise UserError(f"--out {options.out} is a folder, or lies in one that does not exist")
+
+
+def parser() -> Parser:
+    summary, _, usage = (__doc__ or "").partition("\n")
+    top = Parser(
+        description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(required=True, metavar="bpb | generate | logits")
+    _command(commands, "bpb", "bits per byte on held-out documents", run_bpb)
+
+    text = _command(commands, "generate", "complete a prompt, or fill in", run_generate)
+    text.set_defaults(check=check_generate)
+    text.add_argument("--prompt", required=True, help="'' lets the model begin a document")
+    text.add_argument("--fim-suffix", metavar="TEXT", help="fill in between the prompt and this")
+    text.add_argument("--speculative", action="store_true", help="not implemented yet")
+    text.add_argument("--max-tokens", type=int, default=64)
+    text.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
+    text.add_argument("--top-k", type=int)
+    text.add_argument("--top-p", type=float)
+    text.add_argument("--seed", type=int, default=0)
+
+    arrays = _command(commands, "logits", "logits of given tokens, in FP32", run_logits)
+    arrays.set_defaults(check=check_logits)
+    arrays.add_argument("--tokens", required=True, metavar="T.npy", help="integers [B, T]")
+    arrays.add_argument("--out", required=True, type=Path, metavar="O.npz")
+    return top
+
+
+def _command(commands, name: str, what: str, run) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=what, description=what)
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", metavar="DIR", help="of a run")
+    source.add_argument("--hf", metavar="DIR", help="config.json, *.safetensors, tokenizer.json")
+    command.add_argument("--ema", action="store_true", help="of a run: the averaged parameters")
+    command.add_argument("--set", action="append", default=[], metavar="PATH=VALUE",
+                         help="as in train.py, where it is no field of the model")  # fmt: skip
+    command.set_defaults(run=run, check=lambda options: None)
+    return command
+
+
+def load(options: argparse.Namespace) -> tuple[Trained, Config]:
+    """The model that the options name, and its configuration with `--set` bound."""
+    if options.ema and options.hf:
+        raise UserError("--ema belongs to --workdir: a Hugging Face folder holds no average")
+    trained = (
+        from_hf(options.hf) if options.hf else from_workdir(options.workdir, warn, ema=options.ema)
+    )
+    config = apply(trained.config, [b for text in options.set for b in parse(text)])
+    if config.model != trained.config.model:
+        raise ConfigError("--set model...: a trained model stays as it is")
+    return trained, config
+
+
+def warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+@exits_cleanly
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    options.check(options)
+    trained, config = load(options)
+    jax.config.update(
+        "jax_compilation_cache_dir", str(Path(config.data.cache).expanduser() / "xla")
+    )
+    options.run(trained, config, options)
+
+
+if __name__ == "__main__":
+    main()
