@@ -63,7 +63,7 @@ ONLY = {  # fields of which one value is implemented; absent or null means that 
     "moe_layer_freq": 1,
     "tie_word_embeddings": False,
 }
-ONLY_ROPE = {"truncate": True, "partial_rotary_factor": 1, "attention_factor": None}
+ONLY_ROPE = {"truncate": True, "partial_rotary_factor": 1}
 SECTIONS = {"model": Model, "model.mla": Mla, "model.moe": Moe, "model.mla.yarn": Yarn}
 QUANTIZED = (
     "quantized weights are not imported yet; convert to BF16 first, "
@@ -130,9 +130,10 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
         raise ConfigError(f"{spelling}.rope_type = {kind!r} is not supported, only 'yarn'")
-    for name, only in ONLY_ROPE.items():
-        if rope.get(name) not in (None, only):
-            raise ConfigError(f"{spelling}.{name} = {rope[name]!r} is not supported")
+    known = {"rope_type", "type", "rope_theta", *YARN.values()}
+    for name, value in rope.items():
+        if name not in known and value not in (None, ONLY_ROPE.get(name)):
+            raise ConfigError(f"{spelling}.{name} = {value!r} is not supported")
     length = conform(fields.get("max_position_embeddings", 4096), int, "max_position_embeddings")
     half = fields.get("rope_interleave") is False
     bindings = {

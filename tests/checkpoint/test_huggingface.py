@@ -268,6 +268,8 @@ def refusal(folder: Path) -> str:
         ({"rope_parameters": {"rope_type": "llama3"}}, ["rope_parameters", "'llama3'"]),
         ({"rope_scaling": {"type": "yarn", "factor": "4"}}, ["rope_scaling.factor", "'4'"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, ["truncate"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.1}}, ["1.1"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, ["full_attention"]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "BF16"]),
         ({"hidden_size": "32"}, ["hidden_size", "int", "'32'"]),
         ({"n_group": 3}, ["n_group = 3", "16 routed experts"]),
