@@ -64,7 +64,7 @@ def run_generate(trained: Trained, config: Config, options: argparse.Namespace) 
         seed=options.seed,
         dtype=jnp.dtype(config.training.compute_dtype),
     )
-    print(inference.completion_text(tokenizer, completion))
+    show(inference.completion_text(tokenizer, completion))
     if not completion.stopped and len(completion.tokens) < options.max_tokens:
         warn(f"ended after {len(completion.tokens)} tokens: the context of {context} is full")
 
@@ -136,6 +136,12 @@ def load(options: argparse.Namespace) -> tuple[Trained, Config]:
     if config.model != trained.config.model:
         raise ConfigError("--set model...: a trained model stays as it is")
     return trained, config
+
+
+def show(text: str) -> None:
+    """Print what stdout's encoding can say of `text`, '?' for the rest."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def warn(message: str) -> None:

@@ -1,4 +1,5 @@
 import importlib
+import io
 import re
 import subprocess
 import sys
@@ -103,6 +104,14 @@ def test_generate_writes_the_new_text_only(run, workdir):
     assert run(*arguments, "--prompt", "<｜fim▁begin｜>", "--seed", 1)[1] != out
     filled = run(*arguments, "--prompt", "ab", "--fim-suffix", "cd")
     assert filled[0] == 0 and filled[1] != out
+
+
+def test_text_goes_to_a_terminal_without_utf8(monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    importlib.import_module("eval").show("né 字")
+    ascii_only.flush()
+    assert ascii_only.buffer.getvalue() == b"n? ?\n"
 
 
 def test_an_empty_prompt_begins_a_document_and_the_context_ends_it(run, workdir):
