@@ -8,6 +8,8 @@ dense blocks on every platform and no token is dropped. The gate multiplies an e
 activation rather than its output: the same sum, on fewer numbers.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -35,6 +37,7 @@ class RoutedExperts(nnx.Module):
 
     def __call__(self, u_XD: Array, experts_XK: Array, gates_XK: Array) -> Array:
         layout = layout_of(experts_XK, self.gate.shape[0], self.block)
+        layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
         x_PD = save_as("dispatch", dispatch(u_XD, layout))
         gate_PM = save_as("swiglu_in", self.dot.grouped(x_PD, self.gate[...], layout.expert_Z))
         up_PM = save_as("swiglu_in", self.dot.grouped(x_PD, self.up[...], layout.expert_Z))

@@ -60,6 +60,7 @@ class Router(nnx.Module):
         scores_BTE = self.scores(u_BTD)
         scores_XE = scores_BTE.reshape(-1, self.config.routed_experts)
         experts_XK = choose(lax.stop_gradient(scores_XE), self.bias[...], self.config)
+        experts_XK = save_as("routing", experts_XK)
         counts_E = count(experts_XK, self.config.routed_experts, valid_BT.reshape(-1))
         loss = balance_loss(scores_BTE, valid_BT, self.config)
         return Routing(experts_XK, gates(scores_XE, experts_XK, self.config), counts_E, loss)
@@ -69,7 +70,7 @@ class Router(nnx.Module):
         u32_BTD = u_BTD.astype(jnp.float32)
         w32_DE = self.w[...].astype(jnp.float32)
         logits_BTE = jnp.einsum("btd,de->bte", u32_BTD, w32_DE, precision=lax.Precision.HIGHEST)
-        return save_as("routing", jax.nn.sigmoid(logits_BTE))
+        return jax.nn.sigmoid(save_as("routing", logits_BTE))
 
 
 def choose(scores_XE: Array, bias_E: Array, config: Moe) -> Array:

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3.config import Mla as MlaConfig
 from dsv3.config import Yarn
-from dsv3.model.mla import Mla
+from dsv3.model.mla import Mla, causal_attention
 from dsv3.model.rope import frequencies, rotation
 from dsv3.numerics.dot import PlainDot
 
@@ -134,12 +134,13 @@ def test_a_cache_holds_latent_and_rope_key(small, fill):
     assert v_BSNU.shape == (B, T, small.mla.heads, small.mla.value_dim)
 
 
-def test_bf16_softmax_is_computed_in_fp32(small, fill):
-    """512 equal scores: probabilities of 1/512 would sum to anything in BF16, the mean is exact."""
-    model = with_mla(small, query_latent=None)
-    mla = build(fill, model)
-    mla.q_b.w[...] = jnp.zeros_like(mla.q_b.w[...])
-    h_BTD = jnp.broadcast_to(jnp.asarray(random(0, 1, 1, small.width), jnp.bfloat16), (1, 512, 16))
-    u_BTD = np.asarray(run(mla, h_BTD), np.float32)
-    assert run(mla, h_BTD).dtype == jnp.bfloat16
-    np.testing.assert_allclose(u_BTD[0, -1], u_BTD[0, 0], rtol=2**-6, atol=2**-8)
+def test_scores_and_softmax_are_fp32_under_bf16_compute():
+    """Scores of 100 and 100.25 are one number in BF16, where two values would then weigh alike."""
+    q_BTNW, k_BSNW = (
+        jnp.asarray(rows, jnp.bfloat16)[None, :, None]
+        for rows in ([[0, 0], [10, 1]], [[10, 0], [10, 0.25]])
+    )
+    v_BSNU = jnp.asarray([[1], [0]], jnp.bfloat16)[None, :, None]
+    o_BTNU = causal_attention(q_BTNW, k_BSNW, v_BSNU, 1.0)
+    assert o_BTNU.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(o_BTNU[0, 1, 0]), 1 / (1 + np.exp(0.25)), rtol=2**-7)

@@ -152,49 +152,80 @@ def test_recomputing_changes_neither_loss_nor_gradients_nor_counts(build, withou
         np.testing.assert_allclose(mine, right, rtol=1e-4, atol=1e-5)
 
 
-def saved(policy, block, x_BTD, turn) -> Counter:
-    """What the backward pass keeps of a block, by (name, shape); its arguments are left out."""
+def block_loss(policy, small):
+    """loss(block, x_BTD) under a policy."""
+    turn, valid_BT = rotation(small.mla, jnp.arange(T)), jnp.ones((B, T), bool)
 
     def loss(block, x_BTD):
-        run_block = REMAT[policy](lambda b, x: b(x, turn, jnp.ones((B, T), bool)))
-        y_BTD, routing = run_block(block, x_BTD)
+        y_BTD, routing = REMAT[policy](lambda b, x: b(x, turn, valid_BT))(block, x_BTD)
         return y_BTD.sum() + (0.0 if routing is None else routing.balance_loss)
 
+    return loss
+
+
+def kept(loss, block, x_BTD) -> Counter:
+    """What the backward pass keeps, by (name, shape); the arguments are left out."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         jax.ad_checkpoint.print_saved_residuals(loss, block, x_BTD)
-    kept = Counter()
+    found = Counter()
     for line in printed.getvalue().splitlines():
         if "argument" not in line and "constant" not in line and "literal" not in line:
             name = re.search(r"named '(\w+)'", line)
-            kept[name[1] if name else line, re.search(r"\[(.*?)\]", line)[1]] += 1
-    return kept
+            found[name[1] if name else line, re.search(r"\[(.*?)\]", line)[1]] += 1
+    return found
 
 
-def test_the_reports_policy_keeps_what_it_names_and_recomputes_the_rest(small, fill):
-    """No norm's output, up-projection or SwiGLU product is kept, the custom derivatives of the dot
-    rules and of dispatch notwithstanding (§3.2.3)."""
+def operations(jaxpr) -> Counter:
+    """How often each primitive occurs, at any depth."""
+    found = Counter()
+    for equation in jaxpr.eqns:
+        found[equation.primitive.name] += 1
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += operations(inner)
+    return found
+
+
+@pytest.mark.parametrize("routed", [False, True], ids=["dense", "routed"])
+def test_the_reports_policy(small, fill, routed):
+    """It keeps what it names and recomputes the norms, the up-projections, the scores in between
+    and the SwiGLU product (§3.2.3), also across the custom derivatives of dot rules and dispatch."""
     mla, moe = small.mla, small.moe
-    turn, x_BTD = rotation(mla, jnp.arange(T)), random(0, B, T, small.width)
     attention = {
         ("latent", f"{B},{T},{mla.query_latent}"): 1,
         ("latent", f"{B},{T},{mla.kv_latent + mla.rope_dim}"): 1,
         ("attention", f"{B},{T},{mla.heads * mla.value_dim}"): 1,
         ("residual", f"{B},{T},{small.width}"): 1,
     }
-    rows = (B * T * moe.experts_per_token // moe.block + moe.routed_experts) * moe.block
-    routed = {
-        ("routing", f"{B},{T},{moe.routed_experts}"): 1,
+    blocks = B * T * moe.experts_per_token // moe.block + moe.routed_experts
+    rows = blocks * moe.block
+    experts = {
+        ("routing", f"{B},{T},{moe.routed_experts}"): 1,  # logits
+        ("routing", f"{B * T},{moe.experts_per_token}"): 2,  # who is chosen, and their rows
+        ("routing", f"{rows}"): 1,
+        ("routing", f"{blocks}"): 1,
         ("dispatch", f"{rows},{small.width}"): 1,
         ("swiglu_in", f"{rows},{moe.expert_width}"): 2,
         ("swiglu_in", f"{B},{T},{moe.shared_experts * moe.expert_width}"): 2,
     }
     dense = {("swiglu_in", f"{B},{T},{small.dense_width}"): 2}
-    for has_experts, ffn in ((True, routed), (False, dense)):
-        block = fill(lambda k, r=has_experts: Block(k, small, PlainDot(), routed=r))
-        assert saved("report", block, x_BTD, turn) == attention | ffn
-        assert not saved("full", block, x_BTD, turn)
-        assert saved("none", block, x_BTD, turn).total() > 30
+    block = fill(lambda key: Block(key, small, PlainDot(), routed=routed))
+    x_BTD = random(0, B, T, small.width)
+    losses = {policy: block_loss(policy, small) for policy in REMAT}
+    assert kept(losses["report"], block, x_BTD) == attention | (experts if routed else dense)
+    assert not kept(losses["full"], block, x_BTD)
+    assert kept(losses["none"], block, x_BTD).total() > 30
+
+    counted = {
+        policy: operations(jax.make_jaxpr(jax.grad(loss))(block, x_BTD).jaxpr)
+        for policy, loss in losses.items()
+    }
+    report, none, full = counted["report"], counted["none"], counted["full"]
+    assert report["dot_general"] == none["dot_general"] + 3 < full["dot_general"]  # W^UQ, W^UKV, qk
+    assert report["rsqrt"] == 2 * none["rsqrt"] == 2 * 4
+    assert report["sort"] == none["sort"] == int(routed)  # nobody is routed twice
 
 
 # --- initialisation and the real size ----------------------------------------------------------
