@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,7 +103,7 @@ def test_training_arithmetic_of_the_report():
     assert counted == pytest.approx(2.607e11, rel=1e-3)
 
 
-def checkpoint_tensors(model: Model) -> list[tuple[str, tuple[int, ...]]]:
+def checkpoint_tensors(model: Model) -> list[tuple[str, Any]]:
     """(kind, shape) of each tensor of the released checkpoint, kind 'f8', 'bf16' or 'f32'."""
     d, mla, moe = model.width, model.mla, model.moe
     queries = mla.heads * (mla.nope_dim + mla.rope_dim)

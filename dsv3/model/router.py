@@ -124,7 +124,7 @@ def imbalance(scores_BTE: Array, valid_BT: Array, config: Moe) -> Array:
     return jnp.mean(jnp.sum(f_BE * p_BE, axis=-1))
 
 
-def updated_bias(bias_LE: Array, counts_LE: Array, speed: Array) -> Array:
+def updated_bias(bias_LE: Array, counts_LE: Array, speed: Array | float) -> Array:
     """b_i += speed · sign(mean load - load_i) from one optimizer step's whole-batch counts.
 
     `counts_LE` is int32; the comparison is exact, with no dead zone, and does not overflow at the

@@ -1,5 +1,7 @@
 """The small parts against their formulas, and what they compute in FP32."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from dsv3.numerics.dot import PlainDot
 RULE = PlainDot()
 
 
-def random(seed, *shape):
+def random(seed, *shape) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 

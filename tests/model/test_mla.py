@@ -1,6 +1,7 @@
 """MLA against Eq. 1-11 written out in float64, causality by gradient, and what must be equal."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,11 @@ def run(mla, h_BTD):
     return mla(h_BTD, rotation(mla.config, jnp.arange(h_BTD.shape[1])))
 
 
-def random(seed, *shape):
+def random(seed, *shape) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def literal(mla: Mla, h_TD, eps):
+def literal(mla: Any, h_TD, eps):
     """u_TD for one sequence, position by position and head by head, in the report's letters."""
     c: MlaConfig = mla.config
     n, d_h, d_r, d_v, d_c = c.heads, c.nope_dim, c.rope_dim, c.value_dim, c.kv_latent

@@ -1,6 +1,7 @@
 """DeepSeekMoE against the loop over experts: values and gradients for any routing."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ ROUTINGS = {
 }  # fmt: skip
 
 
-def random(seed, *shape):
+def random(seed, *shape) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ from dsv3.model.transformer import Transformer
 from dsv3.training.losses import training_loss
 
 T = 7
-TOKENS = np.arange(1, T + 1)[None]  # each token once, so the row of the table tells its position
+TOKENS: Any = np.arange(1, T + 1)[
+    None
+]  # each token once, so the row of the table tells its position
 
 
-def random(seed, *shape):
+def random(seed, *shape) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
@@ -29,26 +32,29 @@ def model(small, fill):
 
 
 def test_tokens_ahead():
-    tokens_BT = np.array([[5, 6, 7, 8]])
+    tokens_BT = jnp.array([[5, 6, 7, 8]])
     np.testing.assert_array_equal(tokens_ahead(tokens_BT, 1), [[6, 7, 8, 0]])
     np.testing.assert_array_equal(tokens_ahead(tokens_BT, 3), [[8, 0, 0, 0]])
 
 
 def test_valid_positions_have_a_valid_token_ahead():
-    valid_BT = np.array([[True, True, True, False]])
+    valid_BT = jnp.array([[True, True, True, False]])
     np.testing.assert_array_equal(valid_at(valid_BT, 1), [[True, True, False, False]])
-    np.testing.assert_array_equal(valid_at(np.ones((1, 4), bool), 3), [[True, False, False, False]])
+    np.testing.assert_array_equal(
+        valid_at(jnp.ones((1, 4), bool), 3), [[True, False, False, False]]
+    )
 
 
 def test_the_projection_is_equation_21_embedding_first(model, small):
     module, h_BTD, ahead_BTD = model.mtp[0], random(0, 1, T, 16), random(1, 1, T, 16)
-    without_block = SimpleNamespace(
+    without_block: Any = SimpleNamespace(
         embedding_norm=module.embedding_norm,
         hidden_norm=module.hidden_norm,
         project=module.project,
         block=lambda joint_BTD, *_: joint_BTD,
     )
-    joint_BTD = MtpModule.__call__(without_block, h_BTD, ahead_BTD, None, None)
+    unused: Any = None
+    joint_BTD = MtpModule.__call__(without_block, h_BTD, ahead_BTD, unused, unused)
 
     def norm(x, gain):
         return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * np.asarray(gain[...])
@@ -139,18 +145,18 @@ def test_depths_chain_before_their_own_norm(model, small):
 
 def test_the_target_of_depth_k_at_i_is_the_token_k_plus_1_ahead(model):
     """Eq. 23-25 from the logits: the sum over T - k positions divided by T, depths averaged."""
-    tokens_BS = np.random.default_rng(0).integers(1, 31, (2, T + 1))
+    tokens_BS = jnp.asarray(np.random.default_rng(0).integers(1, 31, (2, T + 1)))
 
     @jax.jit
     def both(model):
         out = model(tokens_BS[:, :-1])
-        _, (losses, _) = training_loss(model, tokens_BS, jnp.float32(0.3), jnp.float32)
+        _, (losses, _) = training_loss(model, tokens_BS, jnp.float32(0.3), jnp.dtype(jnp.float32))
         return (out.logits_BTV, *out.mtp_logits), losses
 
     logits, losses = both(model)
     by_depth = []
     for k, logits_BTV in enumerate(logits):
-        log_p = np.float64(jax.nn.log_softmax(logits_BTV))
+        log_p = np.asarray(jax.nn.log_softmax(logits_BTV), float)
         by_depth.append(-sum(log_p[b, i, tokens_BS[b, i + k + 1]]
                              for b in range(2) for i in range(T - k)) / (2 * T))  # fmt: skip
     np.testing.assert_allclose(losses.main, by_depth[0], rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ V3 = Mla(heads=128, query_latent=1536, kv_latent=512, nope_dim=128, rope_dim=64,
 EXTENDED = dataclasses.replace(V3, yarn=Yarn())
 
 
-def random(seed, *shape):
+def random(seed, *shape) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
@@ -78,7 +79,7 @@ def scores(layout, q_R, k_R, turn):
     """q · k at every pair of positions, [T, S]."""
     positions = len(turn[0])
     q, k = (
-        np.asarray(ROTATE[layout](np.broadcast_to(x, (1, positions, 1, len(x))), *turn))[0, :, 0]
+        np.asarray(ROTATE[layout](jnp.broadcast_to(x, (1, positions, 1, len(x))), *turn))[0, :, 0]
         for x in (q_R, k_R)
     )
     return q @ k.T

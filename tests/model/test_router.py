@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ biases = arrays(np.float32, 16, elements=st.floats(-2, 2, width=32, allow_subnor
 
 @given(scores_XE=scores, bias_E=biases)
 def test_every_choice_is_legal(scores_XE, bias_E):
-    experts_XK, gates_XK = map(np.asarray, routed(scores_XE, bias_E, MOE))
+    experts_XK, gates_XK = (np.array(x) for x in routed(scores_XE, bias_E, MOE))
     assert all(len(set(chosen)) == MOE.experts_per_token for chosen in experts_XK)
     assert all(len(set(chosen // 4)) <= MOE.groups_per_token for chosen in experts_XK)
     assert experts_XK.min() >= 0 and experts_XK.max() < MOE.routed_experts
@@ -86,7 +87,7 @@ def routing_router(small, fill):
     return fill(lambda key: Router(key, small))
 
 
-def random(seed, *shape):
+def random(seed, *shape) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
@@ -111,7 +112,7 @@ def test_no_gradient_reaches_the_bias(routing_router, small):
 def test_gates_have_the_gradient_of_normalised_sigmoids(routing_router, small):
     u_BTD, weight_XK = random(0, 1, 6, small.width), random(1, 6, 3)
     valid_BT = np.ones((1, 6), bool)
-    experts_XK = np.asarray(jax.jit(Router.__call__)(routing_router, u_BTD, valid_BT).experts_XK)
+    experts_XK = jax.jit(Router.__call__)(routing_router, u_BTD, valid_BT).experts_XK
 
     def plain(w):
         s_XE = jax.nn.sigmoid(u_BTD[0] @ w)
@@ -129,7 +130,8 @@ def test_gates_have_the_gradient_of_normalised_sigmoids(routing_router, small):
 def test_scores_are_fp32_whatever_the_compute_dtype(routing_router, small):
     u_BTD = jnp.asarray(random(0, 2, 6, small.width), jnp.bfloat16)
     scores_BTE = routing_router.scores(u_BTD)
-    exact = 1 / (1 + np.exp(-np.float64(u_BTD) @ np.float64(routing_router.w[...])))
+    logits_BTE = np.asarray(u_BTD, float) @ np.asarray(routing_router.w[...], float)
+    exact = 1 / (1 + np.exp(-logits_BTE))
     assert scores_BTE.dtype == jnp.float32
     np.testing.assert_allclose(scores_BTE, exact, rtol=1e-5)
 

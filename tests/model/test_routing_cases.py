@@ -253,7 +253,7 @@ class RightCounts:
     def passes(self, case):
         return np.array_equal(self.count(case), case["counts"])
 
-    def count(self, case):
+    def count(self, case) -> np.ndarray:
         choices = np.array(case["choices"])[np.array(case["valid"])]
         return np.bincount(choices.ravel(), minlength=case["experts"])
 

@@ -1,6 +1,7 @@
 """The dot rules against plain products: values, gradients and the precision of each."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ LAYOUTS = {
 }
 
 
-def random(seed, *shape):
+def random(seed, *shape) -> Any:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
@@ -94,7 +95,7 @@ def test_weight_gradient_comes_in_the_dtype_of_the_weight():
 
 def test_drops_into_flax_linear():
     x = random(0, 2, 3, 6)
-    layer = nnx.Linear(6, 5, use_bias=False, rngs=nnx.Rngs(0), dot_general=RULE.dot_general)
+    layer: Any = nnx.Linear(6, 5, use_bias=False, rngs=nnx.Rngs(0), dot_general=RULE.dot_general)
     np.testing.assert_allclose(layer(x), x @ np.asarray(layer.kernel[...]), atol=1e-5)
 
     # nnx would cast the kernel itself, and its gradient with it; the rule wants the master copy.
