@@ -44,7 +44,9 @@ def train(
     """Train in `workdir`, resuming what is there, to optimizer step `steps` or to the end."""
     workdir, stop = Path(workdir), stop or StopRequest()
     workdir.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.data.cache).expanduser() / "xla"))
+    jax.config.update(
+        "jax_compilation_cache_dir", str(Path(config.data.cache).expanduser() / "xla")
+    )
     with progress_bars() as progress:
         prepared = prepare(config, progress)
     total = min(steps or sys.maxsize, steps_to_end(config.training))
@@ -145,7 +147,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("config", help="a configuration file, configs/*.py")
     parser.add_argument("--workdir", required=True, help="where the run, or the sweep, is kept")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings_set")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings_set"
+    )
     parser.add_argument("--bindings", metavar="FILE", help="a file of bindings, made before --set")
     parser.add_argument("--sweep", metavar="NAME", help="a sweep of the configuration file")
     parser.add_argument("--index", type=int, help="only this run of the sweep, from 0")

@@ -7,6 +7,8 @@ happens to fit fails here. `JAX_PLATFORMS=cuda make test` runs the same tests on
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is first imported
+# Tests compile far longer than they compute: leave out what makes code fast and compiling slow.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
 import jax

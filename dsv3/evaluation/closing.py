@@ -1,8 +1,8 @@
 """What a run says of itself at its end: bits per byte beside a compressor's, and two completions.
 
-The held-out text scored is the documents in their order up to `evaluation.held_out_bytes`; the
-compressor gets the same bytes. The completions continue the first line of a held-out document, and
-fill a hole in it (§4.1).
+The text scored is `evaluation.held_out_bytes` of held-out documents; the compressor gets the same
+bytes. The completions continue the first lines of a held-out document, and fill a line cut out of
+them (§4.1).
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from dsv3.inference.generate import completion_text, fim_tokens, generate, promp
 from dsv3.inference.sampling import Greedy
 from dsv3.model.transformer import Transformer
 
-CONTEXT_LINES = 12
+CONTEXT_LINES = (12, 6, 2)  # of the document; the most that leaves room for the completion
 
 
 def closing_report(
@@ -45,20 +45,26 @@ def closing_report(
 
 def _samples(config: Config, model: Transformer, tokenizer: Tokenizer, text: str) -> Iterator[str]:
     """A greedy completion of a document's beginning, and of a hole in it."""
-    opening = text.splitlines(keepends=True)[:CONTEXT_LINES]
-    half = max(len(opening) // 2, 1)
-    before, hole, after = "".join(opening[:half]), opening[half:][:1], "".join(opening[half + 1 :])
-    prompts = [prompt_tokens(tokenizer, before), fim_tokens(tokenizer, before, after)]
-    length = config.training.sequence_length
-    room = max(length - config.evaluation.sample_tokens, 1)
+    length, new = config.training.sequence_length, config.evaluation.sample_tokens
+    for lines in CONTEXT_LINES:
+        opening = text.splitlines(keepends=True)[:lines]
+        half = max(len(opening) // 2, 1)
+        before, hole, after = (
+            "".join(p) for p in (opening[:half], opening[half:][:1], opening[half + 1 :])
+        )
+        prompts = [prompt_tokens(tokenizer, before), fim_tokens(tokenizer, before, after)]
+        if max(map(len, prompts)) + new <= length:
+            break
+    else:
+        return
     completions = generate(
-        model, [prompt[-room:] for prompt in prompts], Greedy(), config.evaluation.sample_tokens,
-        stop=[tokenizer.eos], vocab=tokenizer.vocab_size, context=length,
-        dtype=jnp.dtype(config.training.compute_dtype),
+        model, prompts, Greedy(), new, stop=[tokenizer.eos], vocab=tokenizer.vocab_size,
+        context=length, dtype=jnp.dtype(config.training.compute_dtype),
     )  # fmt: skip
     written, filled = (completion_text(tokenizer, c) for c in completions)
-    yield f"completion after a held-out beginning:\n{_indented(before)}\n  >>>{_indented(written)}"
-    yield f"fill in the middle, {hole[0].strip() if hole else ''!r} cut out:\n{_indented(filled)}"
+    yield f"a held-out document begins\n{_indented(before)}"
+    yield f"and the model goes on\n{_indented(written)}"
+    yield f"the line {hole.strip()!r} cut out behind that, the model fills in\n{_indented(filled)}"
 
 
 def _indented(text: str) -> str:

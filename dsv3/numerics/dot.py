@@ -11,9 +11,10 @@ comes back in w's dtype without having passed through anything narrower than FP3
 A rule is a frozen, hashable value with no arrays in it: it is static to `jax.jit`, chosen once
 from `config.model.dot`, and also drops into `flax.nnx.Linear(dot_general=rule.dot_general)`.
 
-Why a scan over blocks and not `lax.ragged_dot`: the latter expands to one dense product per
-expert on CPU and CUDA. Gathering a weight for every block materialises [Z, I, O]. The scan
-touches one block and one expert at a time, in any order, and costs what the products cost.
+Why a loop over blocks and not `lax.ragged_dot`: the latter expands to one dense product per
+expert on CPU and CUDA. Gathering a weight for every block materialises [Z, I, O]. The loop
+touches one block and one expert at a time, stops at the last block in use, and costs what the
+products cost.
 """
 
 import functools
@@ -104,21 +105,27 @@ def blocks(x_PI: Array, expert_Z: Array) -> Array:
     return x_PI.reshape(expert_Z.shape[0], -1, x_PI.shape[-1])
 
 
-def _scan_blocks(x_PI, w_EIO, expert_Z, dims):
+def _each_block(w_EIO: Array, expert_Z: Array, body, start: Array) -> Array:
+    """Fold `body(carry, z, expert)` over the blocks in use, which come first; E marks the rest."""
+    used = jnp.sum(expert_Z < w_EIO.shape[0])
+    return lax.fori_loop(0, used, lambda z, carry: body(carry, z, expert_Z[z]), start)
+
+
+def _block_products(x_PI: Array, w_EIO: Array, expert_Z: Array, dims: Any, outputs: int) -> Array:
     w_EIO = w_EIO.astype(x_PI.dtype)
+    x_ZbI = blocks(x_PI, expert_Z)
 
-    def one(_, block):
-        x_bI, expert = block
-        w_IO = lax.dynamic_index_in_dim(w_EIO, expert, keepdims=False)
-        return None, _product(x_bI, w_IO, dims).astype(x_bI.dtype)
+    def one(y_ZbO, z, expert):
+        y_bO = _product(x_ZbI[z], w_EIO[expert], dims).astype(x_PI.dtype)
+        return lax.dynamic_update_index_in_dim(y_ZbO, y_bO, z, 0)
 
-    _, y_ZbO = lax.scan(one, None, (blocks(x_PI, expert_Z), expert_Z))
-    return y_ZbO.reshape(x_PI.shape[0], -1)
+    empty_ZbO = jnp.zeros((*x_ZbI.shape[:2], outputs), x_PI.dtype)
+    return _each_block(w_EIO, expert_Z, one, empty_ZbO).reshape(x_PI.shape[0], outputs)
 
 
 @jax.custom_vjp
 def _grouped(x_PI, w_EIO, expert_Z):
-    return _scan_blocks(x_PI, w_EIO, expert_Z, LINEAR)
+    return _block_products(x_PI, w_EIO, expert_Z, LINEAR, w_EIO.shape[2])
 
 
 def _grouped_forward(x_PI, w_EIO, expert_Z):
@@ -127,15 +134,15 @@ def _grouped_forward(x_PI, w_EIO, expert_Z):
 
 def _grouped_backward(residuals, dy_PO):
     x_PI, w_EIO, expert_Z = residuals
-    dx_PI = _scan_blocks(dy_PO, w_EIO, expert_Z, (((1,), (1,)), ((), ())))
+    transposed = (((1,), (1,)), ((), ()))
+    dx_PI = _block_products(dy_PO, w_EIO, expert_Z, transposed, w_EIO.shape[1])
+    x_ZbI, dy_ZbO = blocks(x_PI, expert_Z), blocks(dy_PO, expert_Z)
 
-    def accumulate(dw_EIO, block):
-        x_bI, dy_bO, expert = block
-        dw_IO = _product(x_bI, dy_bO, (((0,), (0,)), ((), ())))
-        return dw_EIO.at[expert].add(dw_IO), None
+    def accumulate(dw_EIO, z, expert):
+        return dw_EIO.at[expert].add(_product(x_ZbI[z], dy_ZbO[z], (((0,), (0,)), ((), ()))))
 
-    block_operands = (blocks(x_PI, expert_Z), blocks(dy_PO, expert_Z), expert_Z)
-    dw_EIO, _ = lax.scan(accumulate, jnp.zeros(w_EIO.shape, jnp.float32), block_operands)
+    start_EIO = jnp.zeros(w_EIO.shape, jnp.float32)
+    dw_EIO = _each_block(w_EIO, expert_Z, accumulate, start_EIO)
     return dx_PI, dw_EIO.astype(w_EIO.dtype), None
 
 

@@ -25,7 +25,7 @@ class Layout(NamedTuple):
 
     assignment_P: Array  # int32 [P]: the assignment x·K + k in each row; A marks padding
     row_XK: Array  # int32 [X, K]: the row of each assignment
-    expert_Z: Array  # int32 [Z]: the expert of each block of P / Z rows; trailing blocks are empty
+    expert_Z: Array  # int32 [Z]: the expert of each block of P / Z rows; E in unused blocks, last
 
 
 def layout_of(experts_XK: Array, routed_experts: int, block: int) -> Layout:
@@ -46,12 +46,11 @@ def layout_of(experts_XK: Array, routed_experts: int, block: int) -> Layout:
     assignment_P = jnp.full(rows, assignments, jnp.int32).at[sorted_row_A].set(order_A, **unique)
     row_A = jnp.zeros(assignments, jnp.int32).at[order_A].set(sorted_row_A, **unique)
     expert_Z = jnp.searchsorted(last_block_E, jnp.arange(total_blocks), side="right")
-    expert_Z = jnp.minimum(expert_Z, routed_experts - 1).astype(jnp.int32)
-    return Layout(assignment_P, row_A.reshape(tokens, chosen), expert_Z)
+    return Layout(assignment_P, row_A.reshape(tokens, chosen), expert_Z.astype(jnp.int32))
 
 
 def count(experts_XK: Array, routed_experts: int, valid_X: Array | None = None) -> Array:
-    """Tokens sent to each expert, int32 [E]; tokens where `valid_X` (bool [X]) is False left out."""
+    """Tokens sent to each expert, int32 [E]; without those where `valid_X` (bool [X]) is False."""
     chosen_XE = jnp.any(jax.nn.one_hot(experts_XK, routed_experts, dtype=bool), axis=1)
     if valid_X is not None:
         chosen_XE &= valid_X[:, None]

@@ -22,7 +22,6 @@ from dsv3.training.schedules import batch_size
 from dsv3.training.state import TrainState
 from dsv3.training.step import Metrics
 
-
 Row = Mapping[str, Any]
 
 

@@ -123,4 +123,3 @@ def _head_loss_backward(residuals, dtotal):
 
 
 head_loss.defvjp(_head_loss_forward, _head_loss_backward)
-

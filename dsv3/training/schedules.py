@@ -40,7 +40,7 @@ def value_at(schedule: Schedule, fraction: Array | float, xp=jnp) -> Array:
 def learning_rate(training: Training, step: Array | int, fraction: Array | float, xp=jnp) -> Array:
     """Linear warm-up over the first `warmup_steps` steps, times the decay by tokens.
 
-    `step` counts the optimizer steps before this one; step `warmup_steps` is the first at full rate.
+    `step` counts the optimizer steps before this one; number `warmup_steps` has the full rate.
     """
     warmth = xp.minimum(step / max(training.warmup_steps, 1), 1.0) if training.warmup_steps else 1.0
     return training.learning_rate * warmth * value_at(training.decay, fraction, xp)

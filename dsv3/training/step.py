@@ -110,7 +110,9 @@ def _moved_bias(config: Config, router_bias, stats: Stats, speed: Array):
     biases, structure = jax.tree.flatten(router_bias)
     ends = np.cumsum([len(jnp.atleast_2d(bias)) for bias in biases])[:-1]
     counts = jnp.split(stats.counts_LE, ends)
-    moved = [updated_bias(b, c.reshape(b.shape), speed) for b, c in zip(biases, counts, strict=True)]
+    moved = [
+        updated_bias(b, c.reshape(b.shape), speed) for b, c in zip(biases, counts, strict=True)
+    ]
     return jax.tree.unflatten(structure, moved)
 
 

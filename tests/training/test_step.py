@@ -1,0 +1,170 @@
+"""One step: what it must equal, and what a refused one must not touch."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3.config import Config
+from dsv3.training import state as train_state
+from dsv3.training.step import make_step
+from tests.training.small import CONFIG, compiled_step, tokens
+
+
+def with_training(**fields) -> Config:
+    return dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, **fields))
+
+
+def with_model(**fields) -> Config:
+    return dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **fields))
+
+
+def one_step(config, *, seed=3, state=None):
+    return compiled_step(config)(state or train_state.create(config), tokens(seed))
+
+
+def learning_state():
+    """A state two steps in: past the warm-up's rate of zero, with moments and a bias."""
+    state, _ = one_step(CONFIG, seed=1)
+    return one_step(CONFIG, seed=2, state=state)[0]
+
+
+def test_it_learns_a_batch_by_heart():
+    state, first = one_step(CONFIG)
+    for _ in range(25):
+        state, last = one_step(CONFIG, state=state)
+    assert last["loss_main"] < 0.7 * first["loss_main"]
+    assert last["loss_mtp"] < 0.8 * first["loss_mtp"]
+    assert int(state.step) == 26 and int(state.sequences) == 26 * 8
+
+
+def test_micro_batches_sum_to_the_whole_batch():
+    whole, whole_metrics = one_step(CONFIG, state=learning_state())
+    split, split_metrics = one_step(with_training(micro_batch=2), state=learning_state())
+    np.testing.assert_array_equal(whole_metrics["load"], split_metrics["load"])
+    chex.assert_trees_all_equal(whole.router_bias, split.router_bias)
+    np.testing.assert_allclose(whole_metrics["loss"], split_metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(whole_metrics["grad_norm"], split_metrics["grad_norm"], rtol=1e-5)
+    # BF16 moments may round to neighbours; a step moves a weight by about the rate, 1e-2.
+    chex.assert_trees_all_close(whole.params, split.params, atol=2e-4)
+
+
+@pytest.mark.parametrize("remat", ["report", "full"])
+def test_rematerialisation_counts_no_token_twice(remat):
+    plain, plain_metrics = one_step(CONFIG, state=learning_state())
+    again, again_metrics = one_step(with_model(remat=remat), state=learning_state())
+    np.testing.assert_array_equal(plain_metrics["load"], again_metrics["load"])
+    chex.assert_trees_all_equal(plain.router_bias, again.router_bias)
+    np.testing.assert_allclose(plain_metrics["grad_norm"], again_metrics["grad_norm"], rtol=1e-5)
+
+
+def test_the_bias_moves_by_the_sign_rule_on_the_whole_batch():
+    before = learning_state()
+    old = [np.asarray(b) for b in jax.tree.leaves(before.router_bias)]
+    after, metrics = one_step(CONFIG, state=before)
+    load_LE = np.asarray(metrics["load"], np.int64)
+    assert load_LE.shape == (3, 8)  # two MoE layers, then the MTP depth
+    # Each layer routes 8 × 16 tokens to 2 experts; the MTP depth has one position fewer.
+    np.testing.assert_array_equal(load_LE.sum(1), [8 * 16 * 2, 8 * 16 * 2, 8 * 15 * 2])
+    speed = CONFIG.training.bias_speed[0].value
+    expected = np.concatenate([b.reshape(-1, 8) for b in old])
+    expected = expected + np.float32(speed) * np.sign(load_LE.mean(1, keepdims=True) - load_LE)
+    new = np.concatenate([np.asarray(b).reshape(-1, 8) for b in jax.tree.leaves(after.router_bias)])
+    np.testing.assert_allclose(new, expected, rtol=1e-6)
+    assert np.any(new != 0)
+
+
+@pytest.mark.parametrize("balance", ["aux_loss", "none"])
+def test_without_bias_balancing_the_bias_stays(balance):
+    moe = dataclasses.replace(CONFIG.model.moe, balance=balance)
+    state, metrics = one_step(with_model(moe=moe))
+    assert all(not np.any(b) for b in jax.tree.leaves(state.router_bias))
+    assert (metrics["loss_balance"] > 0) == (balance == "aux_loss")
+
+
+def test_the_average_follows_the_parameters_from_host_memory():
+    before = learning_state()
+    old = jax.device_get((before.ema, before.params))
+    after, _ = one_step(CONFIG, state=before)
+    expected = jax.tree.map(lambda a, p: a + 0.1 * (p - a), old[0], jax.device_get(after.params))
+    chex.assert_trees_all_close(jax.device_get(after.ema), expected, rtol=1e-5, atol=1e-7)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(after.ema)}
+    assert kinds == {"pinned_host"}
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    # With eps far above any gradient Adam's update is proportional to it.
+    optimizer = dataclasses.replace(CONFIG.training.optimizer, eps=1e6, weight_decay=0.0)
+    moved = []
+    for clip in (1e9, 1e-3):
+        config = with_training(optimizer=optimizer, clip_norm=clip, warmup_steps=0)
+        before = jax.device_get(train_state.create(config).params)
+        after, metrics = one_step(config)
+        difference = jax.tree.map(
+            lambda a, b: a.astype(np.float64) - b, jax.device_get(after.params), before
+        )
+        moved.append(np.sqrt(sum(np.sum(d**2) for d in jax.tree.leaves(difference))))
+    assert metrics["grad_norm"] > 0.01
+    assert moved[1] <= moved[0]
+
+
+def poisoned(state, where):
+    """The state with one NaN in one array."""
+    leaves, structure = jax.tree.flatten(getattr(state, where))
+    leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(jnp.nan)
+    return dataclasses.replace(state, **{where: jax.tree.unflatten(structure, leaves)})
+
+
+@pytest.mark.parametrize("where", ["params", "router_bias"])
+def test_a_refused_step_touches_nothing_but_its_count(where):
+    before = poisoned(learning_state(), where)
+    kept = jax.device_get(before)
+    after, metrics = one_step(CONFIG, state=before)
+    if where == "params":
+        assert not np.isfinite(metrics["loss"])
+    chex.assert_trees_all_equal(
+        jax.tree.map(
+            np.asarray, dataclasses.replace(jax.device_get(after), skipped=0, skipped_in_a_row=0)
+        ),
+        jax.tree.map(np.asarray, dataclasses.replace(kept, skipped=0, skipped_in_a_row=0)),
+    )
+    assert int(after.skipped) == int(after.skipped_in_a_row) == 1
+
+
+def test_a_good_step_ends_the_row_of_refused_ones():
+    state = learning_state()
+    bad = poisoned(state, "params")
+    good_params = jax.device_get(learning_state().params)
+    bad, _ = one_step(CONFIG, state=bad)
+    bad, _ = one_step(CONFIG, state=bad)
+    assert int(bad.skipped_in_a_row) == 2
+    healed, metrics = one_step(CONFIG, state=dataclasses.replace(bad, params=good_params))
+    assert np.isfinite(metrics["loss"])
+    assert (int(healed.skipped), int(healed.skipped_in_a_row)) == (2, 0)
+
+
+def test_bf16_compute_keeps_fp32_masters_and_stays_close():
+    _, exact_metrics = one_step(CONFIG)
+    low, metrics = one_step(with_training(compute_dtype="bfloat16"))
+    assert {p.dtype for p in jax.tree.leaves(low.params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(metrics["loss"], exact_metrics["loss"], rtol=1e-2)
+    np.testing.assert_allclose(metrics["grad_norm"], exact_metrics["grad_norm"], rtol=5e-2)
+    assert metrics["loss"] != exact_metrics["loss"]
+
+
+def test_a_step_compiles_once():
+    step = make_step(CONFIG)
+    state = train_state.create(CONFIG)
+    for seed in range(3):
+        state, _ = step(state, np.asarray(tokens(seed)))
+    assert step._cache_size() == 1
+
+
+def test_the_abstract_state_is_the_real_one():
+    real, abstract = train_state.create(CONFIG), train_state.abstract(CONFIG)
+    chex.assert_trees_all_equal_shapes_and_dtypes(real, abstract)
+    for r, a in zip(jax.tree.leaves(real.ema), jax.tree.leaves(abstract.ema), strict=True):
+        assert r.sharding == a.sharding
