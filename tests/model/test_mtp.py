@@ -120,26 +120,29 @@ def test_the_tail_is_left_out_of_the_balance_loss(reach):
     np.testing.assert_array_equal(by_balance, np.isin(np.arange(31), TOKENS))
 
 
-def test_the_tail_is_left_out_of_the_counts(model, small):
+LENGTHS = np.array([7, 4])  # of two sequences, the second padded
+TWICE: Any = np.tile(TOKENS, (2, 1))
+VALID: Any = np.arange(T)[None] < LENGTHS[:, None]
+
+
+@pytest.fixture(scope="module")
+def hidden(model):
+    return jax.jit(Transformer.hidden)(model, TWICE, VALID)
+
+
+def test_the_tail_is_left_out_of_the_counts(hidden, small):
     """Rows of depth k count K experts for each of T - k positions, fewer where there is padding."""
-    lengths = np.array([7, 4])
-    valid_BT = np.arange(T)[None] < lengths[:, None]
-    counts_LE = jax.jit(Transformer.hidden)(model, np.tile(TOKENS, (2, 1)), valid_BT).stats[0]
-    positions = [sum(lengths - k) for k in (1, 2)]
+    positions = [sum(LENGTHS - k) for k in (1, 2)]
     chosen = small.moe.experts_per_token
-    np.testing.assert_array_equal(counts_LE.sum(-1), chosen * np.array(positions))
+    np.testing.assert_array_equal(hidden.stats.counts_LE.sum(-1), chosen * np.array(positions))
 
 
-def test_depths_chain_before_their_own_norm(model, small):
+def test_depths_chain_before_their_own_norm(model, hidden, small):
     """h^0 is normed, the state between depths is not, and each depth norms for the head."""
-    hidden = jax.jit(Transformer.hidden)(model, TOKENS)
-    turn, valid_BT = rotation(small.mla, jnp.arange(T)), jnp.ones((1, T), bool)
-    h_BTD = hidden.main_BTD
+    turn, h_BTD = rotation(small.mla, jnp.arange(T)), hidden.main_BTD
     for k, module in enumerate(model.mtp, start=1):
-        ahead_BTD = model.embedding(tokens_ahead(TOKENS, k))
-        h_BTD, _ = jax.jit(MtpModule.__call__)(
-            module, h_BTD, ahead_BTD, turn, valid_at(valid_BT, k)
-        )
+        ahead_BTD = model.embedding(tokens_ahead(TWICE, k))
+        h_BTD, _ = jax.jit(MtpModule.__call__)(module, h_BTD, ahead_BTD, turn, valid_at(VALID, k))
         np.testing.assert_allclose(hidden.mtp[k - 1], module.norm(h_BTD), atol=1e-4)
 
 

@@ -22,6 +22,7 @@ from dsv3.sweeps import load_config
 
 B, T = 2, 8
 TOKENS = np.random.default_rng(0).integers(1, 31, (B, T))
+TWO_MOE_LAYERS = {"layers": 2, "dense_layers": 0, "mtp_depths": 0}
 
 
 def random(seed, *shape) -> Any:
@@ -140,13 +141,13 @@ def test_bf16_compute(model):
 
 @pytest.fixture(scope="module")
 def without_remat(build):
-    return loss_and_gradients(build(remat="none", layers=2, dense_layers=0))
+    return loss_and_gradients(build(remat="none", **TWO_MOE_LAYERS))
 
 
 @pytest.mark.parametrize("policy", ["report", "full"])
 def test_recomputing_changes_neither_loss_nor_gradients_nor_counts(build, without_remat, policy):
     (wanted_loss, wanted_stats), wanted = without_remat
-    (loss, stats), gradients = loss_and_gradients(build(remat=policy, layers=2, dense_layers=0))
+    (loss, stats), gradients = loss_and_gradients(build(remat=policy, **TWO_MOE_LAYERS))
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-6)
     np.testing.assert_array_equal(stats.counts_LE, wanted_stats.counts_LE)  # nothing counted twice
     for mine, right in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
@@ -234,7 +235,7 @@ def test_the_reports_policy(small, fill, routed):
 
 def test_initialisation(small):
     """std 0.006 for every matrix, gains 1, biases 0; no two layers alike."""
-    config = dataclasses.replace(small, layers=2, dense_layers=0, mtp_depths=0)
+    config = dataclasses.replace(small, **TWO_MOE_LAYERS)
     model = jax.jit(lambda key: Transformer(key, config))(jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         name = jax.tree_util.keystr(path)
