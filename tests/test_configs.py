@@ -15,7 +15,7 @@ from dsv3.bindings import apply, operative, parse
 from dsv3.config import AuxFree, Config, Model
 from dsv3.model.transformer import Transformer
 from dsv3.sweeps import load_config
-from dsv3.training.schedules import batch_size, learning_rate, value_at
+from dsv3.training.schedules import batch_size, learning_rate, steps_to_end, value_at
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZED = ("deepseek_v3", "v3_16b", "v3_1b", "bench_cpu")  # those whose size is a promise
@@ -173,6 +173,11 @@ def test_batch_of_the_report():
     assert batch(0) == 3072 and 3072 * 4096 == 12_582_912
     assert batch(469e9 / 2) == 9216  # half way
     assert batch(468e9) < batch(469e9 + 4096) == batch(14.79 * T) == 15_360
+    after = (14.8 * T - 469e9) / (15_360 * 4096)
+    assert round(after, -3) == 228_000  # steps once the batch stands
+    # and on a ramp linear in tokens, whose batch is rounded down, a little more than ln 5 says
+    within = 469e9 / (12_288 * 4096) * math.log(5)
+    assert 1.0 < (steps_to_end(training) - after) / within < 1.08
     ramp = [batch(tokens) for tokens in np.linspace(0, 469e9, 200)]
     assert ramp == sorted(ramp) and not any(b % training.batch_increment for b in ramp)
 

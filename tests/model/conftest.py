@@ -27,14 +27,6 @@ SMALL = Model(
 )
 
 
-@pytest.fixture(autouse=True, scope="package")
-def compiled_quickly():
-    """XLA:CPU takes seconds to optimise programs that run once, on a few hundred numbers."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def small() -> Model:
     return SMALL

@@ -19,6 +19,8 @@ LAYOUTS = {
     "empty experts": [1, 1, 3, 3, 3, 3],
     "all to one": [2] * 6,
     "any order": [3, 0, 2, 0, 1, 3],
+    "unused at the end": [0, 2, 3, EXPERTS, EXPERTS, EXPERTS],
+    "none used": [EXPERTS] * 6,
 }
 
 
@@ -115,8 +117,11 @@ def test_grouped_is_the_loop_over_experts(layout, block):
     fast, slow = forward_and_gradients(x_PI, w_EIO, expert_Z, dy_PO, block)
     for mine, wanted in zip(fast, slow, strict=True):
         np.testing.assert_allclose(mine, wanted, atol=2e-5)  # FP32 sums of at most 96 terms
-    untouched = [e for e in range(EXPERTS) if e not in layout]
-    assert not np.any(fast[2][np.array(untouched, int)])
+    y_PO, dx_PI, dw_EIO = fast
+    idle = [e for e in range(EXPERTS) if e not in layout]
+    unused_P = np.repeat(np.array(layout) == EXPERTS, block)
+    assert not np.any(dw_EIO[np.array(idle, int)])
+    assert not np.any(y_PO[unused_P]) and not np.any(dx_PI[unused_P])
 
 
 @functools.partial(jax.jit, static_argnames="block")

@@ -46,6 +46,8 @@ def test_every_assignment_has_one_row_in_a_block_of_its_expert(experts_XK, block
     )
     np.testing.assert_array_equal(layout.expert_Z[layout.row_XK // block], experts_XK)
     assert np.all(np.diff(layout.expert_Z) >= 0)
+    blocks_used = sum(-(-n // block) for n in np.bincount(experts_XK.ravel()))
+    assert np.all((layout.expert_Z == E) == (np.arange(rows // block) >= blocks_used))
     for expert in range(E):  # stable: an expert meets its tokens in their order
         mine = used[layout.expert_Z[used // block] == expert]
         assert np.all(np.diff(layout.assignment_P[mine]) > 0)
