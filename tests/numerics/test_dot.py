@@ -108,7 +108,7 @@ def test_drops_into_flax_linear():
     np.testing.assert_allclose(dw.kernel[...], exact, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("block", [1, 8])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_grouped_is_the_loop_over_experts(layout, block):
     expert_Z = jnp.array(layout)
@@ -116,7 +116,7 @@ def test_grouped_is_the_loop_over_experts(layout, block):
     dy_PO = random(2, len(layout) * block, 5)
     fast, slow = forward_and_gradients(x_PI, w_EIO, expert_Z, dy_PO, block)
     for mine, wanted in zip(fast, slow, strict=True):
-        np.testing.assert_allclose(mine, wanted, atol=2e-5)  # FP32 sums of at most 96 terms
+        np.testing.assert_allclose(mine, wanted, atol=2e-5)  # FP32 sums of at most 48 terms
     y_PO, dx_PI, dw_EIO = fast
     idle = [e for e in range(EXPERTS) if e not in layout]
     unused_P = np.repeat(np.array(layout) == EXPERTS, block)
