@@ -10,6 +10,7 @@ from a bad batch survives, the bias and the average included.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,14 @@ Metrics = dict[str, Array]
 def make_step(config: Config) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """The jitted step: (state, int32 tokens [B, T + 1]) to (state, metrics); donates the state.
 
-    Metrics are scalars, and `load` int32 [L, E]: the expert counts of the step.
+    Metrics are scalars, and `load` int32 [L, E]: the expert counts of the step. Configurations that
+    differ in neither model nor training share one compiled step.
     """
+    return _jitted_step(replace(Config(), model=config.model, training=config.training))
+
+
+@functools.cache
+def _jitted_step(config: Config):
     training = config.training
     graph, optimizer = graphdef(config), adamw(training.optimizer)
 
@@ -43,7 +50,7 @@ def make_step(config: Config) -> Callable[[TrainState, Array], tuple[TrainState,
         mtp_weight = value_at(training.mtp_weight, fraction)
 
         gradients, losses, stats = _gradients(config, graph, state, tokens_BS, mtp_weight)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         gradients = jax.tree.map(
             lambda g: g * jnp.minimum(1.0, training.clip_norm / (norm + 1e-6)), gradients
         )

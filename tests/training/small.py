@@ -1,7 +1,5 @@
 """The smallest configuration that has every part, shared by the tests of training."""
 
-import functools
-
 import jax
 
 from dsv3.config import (
@@ -16,7 +14,6 @@ from dsv3.config import (
     Reporting,
     Training,
 )  # fmt: skip
-from dsv3.training.step import make_step
 
 MLA = Mla(heads=2, query_latent=16, kv_latent=16, nope_dim=8, rope_dim=4, value_dim=8)
 MOE = Moe(
@@ -36,12 +33,6 @@ CONFIG = Config(
     model=MODEL, data=Data(corpus="synthetic"), training=TRAINING, checkpoint=Checkpoint(every=4),
     reporting=Reporting(every=1, tensorboard=False, plots=False), evaluation=Evaluation(0, 0),
 )  # fmt: skip
-
-
-@functools.cache
-def compiled_step(config: Config = CONFIG):
-    """The jitted step of a configuration, once for all tests of a process."""
-    return make_step(config)
 
 
 def tokens(seed: int, sequences: int = 8, length: int = 16):

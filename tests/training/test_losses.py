@@ -1,5 +1,6 @@
 """The chunked head loss against all logits at once; the MTP loss against Eq. 24 and 25."""
 
+import dataclasses
 import functools
 
 import chex
@@ -43,12 +44,17 @@ def test_a_label_of_weight_zero_has_no_influence():
     assert one == other
 
 
-@pytest.mark.parametrize("depths", [0, 1, 2])
-def test_training_loss_is_the_sum_of_the_report_s_terms(depths):
-    import dataclasses
+def filled(config):
+    """A model of random numbers, without compiling an initialisation."""
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
+    return jax.tree.map(lambda s: jnp.asarray(draw.normal(0, 0.1, s.shape), s.dtype), shapes)
 
+
+@pytest.mark.parametrize("depths", [0, 2])
+def test_training_loss_is_the_sum_of_the_report_s_terms(depths):
     config = dataclasses.replace(CONFIG.model, mtp_depths=depths)
-    model = jax.jit(lambda key: Transformer(key, config))(jax.random.key(1))
+    model = filled(config)
     window_BS = tokens(2, sequences=3)
     length = window_BS.shape[1] - 1
     loss = jax.jit(functools.partial(training_loss, dtype=jnp.dtype("float32")))
