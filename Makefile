@@ -19,7 +19,7 @@ train: setup
 	$(PYTHON) train.py configs/tiny.py --workdir $(WORKDIR) $(ARGS)
 
 test: setup
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: setup
 	$(PYTHON) -m ruff check

@@ -87,7 +87,8 @@ def start_or_resume(
     before = apply(Config(), parse(restored.extra["config"]))
     for path, value in difference(config, before).items():
         say(f"changed since step {restored.step}: {path} = {value!r}")
-    loader.restore(restored.extra["loader"])
+    if restored.extra["loader"] is not None:  # None: imported, not trained on anything yet
+        loader.restore(restored.extra["loader"])
     say(f"resuming after step {restored.step}")
     return restored.state, restored.extra["sequences_read"]
 

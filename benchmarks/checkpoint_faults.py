@@ -1,6 +1,6 @@
 """What harms a checkpoint, how often it is noticed, and what noticing costs.
 
-    python benchmarks/checkpoint_faults.py [--flips 200] [--others 60] [--kills 30] [--megabytes 60]
+    python -m benchmarks.checkpoint_faults [--flips 200] [--others 60] [--kills 30] [--megabytes 60]
 
 Each fault is done to a copy of a directory with two sound steps, in the newer one, in a file and at
 a place drawn at random (half of the draws by file, half by byte, so that small files are met). It

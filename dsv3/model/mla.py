@@ -57,7 +57,7 @@ class Mla(nnx.Module):
     def queries(self, h_BTD: Array, rotation: tuple[Array, Array]) -> Array:
         """q_BTNW, W = H + R, the rope part turned (Eq. 6-9)."""
         c_BTQ = h_BTD
-        if self.q_a is not None:
+        if self.q_a is not None and self.q_norm is not None:
             c_BTQ = self.q_norm(save_as("latent", self.q_a(h_BTD)))
         q_BTNW = self.q_b(c_BTQ).reshape(*h_BTD.shape[:2], self.config.heads, -1)
         q_nope, q_rope = jnp.split(q_BTNW, [self.config.nope_dim], axis=-1)

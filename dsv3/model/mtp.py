@@ -42,7 +42,7 @@ class MtpModule(nnx.Module):
 
     def __call__(
         self, h_BTD: Array, ahead_BTD: Array, rotation: tuple[Array, Array], valid_BT: Array
-    ) -> tuple[Array, Routing]:
+    ) -> tuple[Array, Routing | None]:
         parts = [self.embedding_norm(ahead_BTD), self.hidden_norm(h_BTD)]
         joint_BTD = self.project(jnp.concatenate(parts, axis=-1))
         return self.block(joint_BTD, rotation, valid_BT)

@@ -127,7 +127,8 @@ class Transformer(nnx.Module):
             no_layer = (0, self.config.moe.routed_experts)
             return Stats(jnp.zeros(no_layer, jnp.int32), jnp.zeros((), jnp.float32))
         counts_LE = jnp.concatenate([r.counts_E for r in found])
-        return Stats(counts_LE, sum(jnp.sum(r.balance_loss) for r in found))
+        losses = [jnp.sum(r.balance_loss) for r in found]
+        return Stats(counts_LE, jnp.stack(losses).sum())
 
 
 def stack(key: Array, layers: int, config: Model, rule, *, routed: bool) -> Block | None:

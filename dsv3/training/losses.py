@@ -44,7 +44,7 @@ def training_loss(
         _depth_loss(h_BTD, model.head.w[...], tokens_BS, k)
         for k, h_BTD in enumerate(hidden.mtp, start=1)
     ]
-    mtp = sum(per_depth) / len(per_depth) if per_depth else jnp.zeros(())
+    mtp = jnp.mean(jnp.stack(per_depth)) if per_depth else jnp.zeros(())
     balance = hidden.stats.balance_loss
     total = main + mtp_weight * mtp + balance
     return total, (Losses(total, main, mtp, balance), hidden.stats)

@@ -29,8 +29,8 @@ def stored_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTrans
             lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
         )
 
-    def update(gradients, state, params=None):
-        updates, state = inner.update(gradients, cast(state, jnp.float32), params)
+    def update(updates, state, params=None, **_):
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)

@@ -34,7 +34,7 @@ def value_at(schedule: Schedule, fraction: Array | float, xp=jnp) -> Array:
             case "cosine":
                 here = phase.value + (before - phase.value) * 0.5 * (1 + xp.cos(np.pi * way))
         value = xp.where(fraction < phase.until, here, value)
-    return value
+    return xp.asarray(value)
 
 
 def learning_rate(training: Training, step: Array | int, fraction: Array | float, xp=jnp) -> Array:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 
@@ -29,13 +30,14 @@ class TrainState:
     skipped_in_a_row: Array  # uint32
     params: nnx.State  # FP32 masters
     router_bias: nnx.State  # FP32, moved by the sign rule only
-    moments: tuple  # optax state
+    moments: optax.OptState
     ema: nnx.State | None  # FP32 average of params, in host memory
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Static structure, trainable parameters, router biases."""
-    return nnx.split(model, nnx.Param, RouterBias, graph=False)
+    graph, params, router_bias = nnx.split(model, nnx.Param, RouterBias, graph=False)
+    return graph, params, router_bias
 
 
 def merge(graph: nnx.GraphDef, params: nnx.State, router_bias: nnx.State) -> Transformer:

@@ -130,7 +130,7 @@ def _select(finite: Array, new, old):
 
 def _averaged(finite: Array, ema, params, decay: float | None):
     """The EMA (§3.2.3): fetched from host memory, moved towards `params`, put back."""
-    if ema is None:
+    if ema is None or decay is None:
         return None
 
     def move(average, p):
