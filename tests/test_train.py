@@ -186,7 +186,7 @@ def test_a_sweep_runs_from_python_and_ends_in_a_table(config, tmp_path):
         (["configs/tiny.py", "--index", "0"], "--index wants --sweep"),
         (["configs/tiny.py", "--steps", "0"], "--steps 0"),
         (["configs/tiny.py", "--bindings", "none.gin"], "none.gin"),
-        (["configs/tiny.py", "--set", "data.tokenizer=deepseek"], "model.vocab = 4096"),
+        (["configs/tiny.py", "--set", "data.tokenizer=deepseek"], "model.vocab = 2048"),
         ([], "config"),
     ],
 )

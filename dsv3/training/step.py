@@ -3,9 +3,9 @@
     gradients over micro-batches -> clip -> AdamW -> router bias by the sign rule -> EMA
 
 Expert counts are summed over the whole batch before the bias moves, once a step. The guard stands
-at the end: if loss or gradient norm is not finite, the new state is the old one, whole, with only
-`skipped` and `skipped_in_a_row` counted up. It is a select over every array, so nothing computed
-from a bad batch survives, the bias and the average included.
+at the end: if the loss, the gradient or what would be stored is not finite, the new state is the
+old one, whole, with only `skipped` and `skipped_in_a_row` counted up. It is a select over every
+array, so nothing computed from a bad batch survives, the bias and the average included.
 """
 
 import functools
@@ -61,6 +61,7 @@ def _jitted_step(config: Config):
         bias = _moved_bias(config, state.router_bias, stats, speed)
 
         finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
+        finite &= jnp.isfinite(optax.tree.norm((updates, bias)))  # moments, weights and biases too
         keep = functools.partial(_select, finite)
         taken = finite.astype(jnp.uint32)
         state = TrainState(

@@ -114,11 +114,12 @@ def test_gradients_are_clipped_by_their_global_norm():
 def poisoned(state, where):
     """The state with one NaN in one array."""
     leaves, structure = jax.tree.flatten(getattr(state, where))
-    leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].set(jnp.nan)
+    last = leaves[-1]
+    leaves[-1] = last.at[(0,) * last.ndim].set(jnp.nan)
     return dataclasses.replace(state, **{where: jax.tree.unflatten(structure, leaves)})
 
 
-@pytest.mark.parametrize("where", ["params", "router_bias"])
+@pytest.mark.parametrize("where", ["params", "router_bias", "moments"])
 def test_a_refused_step_touches_nothing_but_its_count(where):
     before = poisoned(learning_state(), where)
     kept = jax.device_get(before)
