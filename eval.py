@@ -21,20 +21,15 @@ import numpy as np
 
 from dsv3.bindings import apply, parse
 from dsv3.checkpoint.trained import Trained, from_hf, from_workdir
+from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.errors import ConfigError, UserError, exits_cleanly
 from dsv3.evaluation import bits_per_byte as bpb
 from dsv3.evaluation.logits import logits, read_tokens
 from dsv3.files import write_atomically
+from dsv3.host import keep_freed_memory
 from dsv3.inference import generate as inference
 from dsv3.inference.sampling import sampler_of
-
-
-class Parser(argparse.ArgumentParser):
-    """Complains in one line, as everything else does."""
-
-    def error(self, message: str):
-        raise UserError(message)
 
 
 def run_bpb(trained: Trained, config: Config, options: argparse.Namespace) -> None:
@@ -88,10 +83,7 @@ def check_logits(options: argparse.Namespace) -> None:
 
 
 def parser() -> Parser:
-    summary, _, usage = (__doc__ or "").partition("\n")
-    top = Parser(
-        description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = Parser(__doc__)
     commands = top.add_subparsers(required=True, metavar="bpb | generate | logits")
     _command(commands, "bpb", "bits per byte on held-out documents", run_bpb)
 
@@ -150,6 +142,7 @@ def warn(message: str) -> None:
 
 @exits_cleanly
 def main(arguments: Sequence[str] | None = None) -> None:
+    keep_freed_memory()
     options = parser().parse_args(arguments)
     options.check(options)
     trained, config = load(options)

@@ -20,13 +20,15 @@ import jax
 from dsv3 import counts
 from dsv3.bindings import apply, difference, operative, parse, read_bindings
 from dsv3.checkpoint.store import Store
+from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.data.loader import Loader
 from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.progress import progress_bars
 from dsv3.errors import exits_cleanly
 from dsv3.evaluation.closing import closing_report
-from dsv3.files import write_atomically
+from dsv3.files import exclusive, write_atomically
+from dsv3.host import keep_freed_memory
 from dsv3.reporting.metrics import Recorder
 from dsv3.reporting.plots import compare_runs, plot_run
 from dsv3.reporting.progress import TrainingProgress
@@ -44,6 +46,13 @@ def train(
     """Train in `workdir`, resuming what is there, to optimizer step `steps` or to the end."""
     workdir, stop = Path(workdir), stop or StopRequest()
     workdir.mkdir(parents=True, exist_ok=True)
+    with exclusive(workdir):
+        return _train(config, workdir, steps, stop)
+
+
+def _train(
+    config: Config, workdir: Path, steps: int | None, stop: StopRequest
+) -> train_state.TrainState:
     jax.config.update(
         "jax_compilation_cache_dir", str(Path(config.data.cache).expanduser() / "xla")
     )
@@ -142,10 +151,7 @@ def sweep(
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    summary, _, usage = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("config", help="a configuration file, configs/*.py")
     parser.add_argument("--workdir", required=True, help="where the run, or the sweep, is kept")
     parser.add_argument(
@@ -165,6 +171,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @exits_cleanly
 def main(arguments: Sequence[str] | None = None) -> None:
+    keep_freed_memory()
     options = parsed(arguments)
     bindings = read_bindings(options.bindings) if options.bindings else []
     for text in options.bindings_set:

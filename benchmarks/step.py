@@ -8,7 +8,6 @@ fresh uniformly random tokens, its end awaited each time. Prints one JSON line: 
 of a step, all the steps, the seconds of the first call, which compiles, and what ran.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -18,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3.bindings import apply, parse
+from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.errors import exits_cleanly
+from dsv3.host import keep_freed_memory
 from dsv3.sweeps import load_config
 from dsv3.training import state as train_state
 from dsv3.training.schedules import batch_size
@@ -44,7 +45,8 @@ def measure(config: Config, steps: int, warmup: int) -> tuple[list[float], float
 
 @exits_cleanly
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    keep_freed_memory()
+    parser = Parser(__doc__)
     parser.add_argument("config", help="a configuration file, configs/*.py")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings")
     parser.add_argument("--steps", type=int, default=20)

@@ -9,6 +9,7 @@ stderr and exits with code 2. Any other exception is a bug of ours and keeps its
 import difflib
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -47,8 +48,12 @@ def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args, **kwargs):
         try:
             main(*args, **kwargs)
+            sys.stdout.flush()
         except UserError as error:
             message = " ".join(str(error).split())
+        except BrokenPipeError:  # the reader, `head` perhaps, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise

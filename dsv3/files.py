@@ -5,8 +5,13 @@ content or the new, never a part. Without the two fsyncs a power cut may still l
 the rename can reach the disk before the data does.
 """
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from dsv3.errors import UserError
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
@@ -28,6 +33,17 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold `folder` for this process; UserError while another holds it. A kill lets go of it."""
+    with open(Path(folder) / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is writing here; wait or stop it") from None
+        yield
 
 
 def fsync_directory(path: str | os.PathLike) -> None:

@@ -20,7 +20,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ROWS = (
-    ("errors", "files", "schema", "config", "counts", "bindings", "sweeps", "shapes"),
+    (
+        "errors",
+        "cli",
+        "files",
+        "host",
+        "schema",
+        "config",
+        "counts",
+        "bindings",
+        "sweeps",
+        "shapes",
+    ),
     ("numerics",),
     ("parallel",),
     ("model",),

@@ -8,6 +8,9 @@ Activations flow in the compute dtype, which the embedding sets and everything a
 policy keeps is decided in `transformer.REMAT`, never in the layers.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +23,19 @@ from dsv3.numerics.dot import DotRule
 def save_as(name: str, x: Array) -> Array:
     """Name an activation for the rematerialisation policies; the value is unchanged."""
     return _checkpoint_name(x, name)
+
+
+def recomputed(cheap: Callable[..., Array]) -> Callable[..., Array]:
+    """`cheap` with a backward pass that starts from its inputs again, whatever the policy says.
+
+    Plain differentiation would keep intermediate results several times the size of the inputs.
+    """
+    function = jax.custom_vjp(cheap)
+    function.defvjp(
+        lambda *inputs: (cheap(*inputs), inputs),
+        lambda inputs, gradient: jax.vjp(cheap, *inputs)[1](gradient),
+    )
+    return function
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float) -> Array:
@@ -35,10 +51,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        x32 = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         gain = self.gain[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x32 * scale * gain).astype(x.dtype)
+        return recomputed(functools.partial(_normalised, eps=self.eps))(x, gain)
+
+
+def _normalised(x: Array, gain: Array, eps: float) -> Array:
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale * gain).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -64,6 +84,7 @@ class Embedding(nnx.Module):
         return x_BTD if dtype is None else x_BTD.astype(dtype)
 
 
+@recomputed
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) · up, the activation of every feed-forward network, computed in FP32."""
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)

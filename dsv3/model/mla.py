@@ -23,6 +23,7 @@ from dsv3.model.rope import ROTATE, softmax_scale
 from dsv3.numerics.dot import DotRule
 
 LATENT_EPS = 1e-6
+QUERY_BLOCKS, MIN_QUERY_BLOCK = 8, 128  # of causal_attention: at most so many, at least so long
 
 
 class Mla(nnx.Module):
@@ -81,11 +82,27 @@ class Mla(nnx.Module):
 
 
 def causal_attention(q_BTNW: Array, k_BSNW: Array, v_BSNU: Array, scale: float) -> Array:
-    """o_BTNU = softmax(q · k · scale) v over j <= t (Eq. 10), softmax in FP32; T = S."""
-    s_BNTS = jnp.einsum("btnw,bsnw->bnts", q_BTNW, k_BSNW, preferred_element_type=jnp.float32)
-    t, s = s_BNTS.shape[-2:]
-    visible_TS = jnp.arange(t)[:, None] >= jnp.arange(s)[None, :]
-    s_BNTS = jnp.where(visible_TS[None, None], s_BNTS * scale, -jnp.inf)
-    p_BNTS = jax.nn.softmax(s_BNTS, axis=-1).astype(v_BSNU.dtype)
-    o_BTNU = jnp.einsum("bnts,bsnu->btnu", p_BNTS, v_BSNU, preferred_element_type=jnp.float32)
-    return o_BTNU.astype(v_BSNU.dtype)
+    """o_BTNU = softmax(q · k · scale) v over j <= t (Eq. 10), softmax in FP32; T = S.
+
+    A block of queries meets only the keys up to its own end: n blocks compute (n + 1) / 2n of the
+    square of scores, and hold one strip of it at a time.
+    """
+    q_BNTW, k_BNSW, v_BNSU = (x.swapaxes(1, 2) for x in (q_BTNW, k_BSNW, v_BSNU))
+    length = q_BNTW.shape[2]
+    block = max(MIN_QUERY_BLOCK, -(-length // QUERY_BLOCKS))
+    o_BNtU = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        visible_ts = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
+        s_BNts = jnp.einsum(
+            "bntw,bnsw->bnts", q_BNTW[:, :, start:end], k_BNSW[:, :, :end],
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        s_BNts = jnp.where(visible_ts[None, None], s_BNts * scale, -jnp.inf)
+        p_BNts = jax.nn.softmax(s_BNts, axis=-1).astype(v_BNSU.dtype)
+        o_BNtU.append(
+            jnp.einsum(
+                "bnts,bnsu->bntu", p_BNts, v_BNSU[:, :, :end], preferred_element_type=jnp.float32
+            ).astype(v_BNSU.dtype)
+        )
+    return jnp.concatenate(o_BNtU, axis=2).swapaxes(1, 2)

@@ -16,10 +16,17 @@ from flax import nnx
 from jax import Array
 
 from dsv3.config import Model
-from dsv3.model.layers import SwigluMlp, normal, save_as, swiglu
+from dsv3.model.layers import SwigluMlp, normal, recomputed, save_as, swiglu
 from dsv3.model.router import Router, Routing
 from dsv3.numerics.dot import DotRule
 from dsv3.parallel.dispatch import combine, dispatch, dispatch_gates, layout_of
+
+
+@recomputed
+def _gated_swiglu(both_PN: Array, gate_P: Array) -> Array:
+    """The hidden activation of every row, times the gate of its token: [P, M] from [P, 2 M]."""
+    a_PM, b_PM = jnp.split(both_PN, 2, axis=-1)
+    return (swiglu(a_PM, b_PM) * gate_P[:, None]).astype(both_PN.dtype)
 
 
 class RoutedExperts(nnx.Module):
@@ -39,10 +46,9 @@ class RoutedExperts(nnx.Module):
         layout = layout_of(experts_XK, self.gate.shape[0], self.block)
         layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
         x_PD = save_as("dispatch", dispatch(u_XD, layout))
-        gate_PM = save_as("swiglu_in", self.dot.grouped(x_PD, self.gate[...], layout.expert_Z))
-        up_PM = save_as("swiglu_in", self.dot.grouped(x_PD, self.up[...], layout.expert_Z))
-        g_P1 = dispatch_gates(gates_XK, layout)[:, None]
-        hidden_PM = (swiglu(gate_PM, up_PM) * g_P1).astype(u_XD.dtype)
+        gate_up_EDN = jnp.concatenate([self.gate[...], self.up[...]], axis=-1)
+        both_PN = save_as("swiglu_in", self.dot.grouped(x_PD, gate_up_EDN, layout.expert_Z))
+        hidden_PM = _gated_swiglu(both_PN, dispatch_gates(gates_XK, layout))
         y_PD = self.dot.grouped(hidden_PM, self.down[...], layout.expert_Z)
         return combine(y_PD, layout)
 

@@ -209,7 +209,7 @@ def test_the_reports_policy(small, fill, routed):
         ("routing", f"{rows}"): 1,
         ("routing", f"{blocks}"): 1,
         ("dispatch", f"{rows},{small.width}"): 1,
-        ("swiglu_in", f"{rows},{moe.expert_width}"): 2,
+        ("swiglu_in", f"{rows},{2 * moe.expert_width}"): 1,  # gate and up in one
         ("swiglu_in", f"{B},{T},{moe.shared_experts * moe.expert_width}"): 2,
     }
     dense = {("swiglu_in", f"{B},{T},{small.dense_width}"): 2}
@@ -218,7 +218,7 @@ def test_the_reports_policy(small, fill, routed):
     losses = {policy: block_loss(policy, small) for policy in REMAT}
     assert kept(losses["report"], block, x_BTD) == attention | (experts if routed else dense)
     assert not kept(losses["full"], block, x_BTD)
-    assert kept(losses["none"], block, x_BTD).total() > 30
+    assert kept(losses["none"], block, x_BTD).total() > 20
 
     counted = {
         policy: operations(jax.make_jaxpr(jax.grad(loss))(block, x_BTD).jaxpr)
@@ -226,7 +226,8 @@ def test_the_reports_policy(small, fill, routed):
     }
     report, none, full = counted["report"], counted["none"], counted["full"]
     assert report["dot_general"] == none["dot_general"] + 3 < full["dot_general"]  # W^UQ, W^UKV, qk
-    assert report["rsqrt"] == 2 * none["rsqrt"] == 2 * 4
+    assert none["rsqrt"] == 2 * 4  # a norm's own derivative starts from its input again
+    assert report["rsqrt"] == 3 * 4
     assert report["sort"] == none["sort"] == int(routed)  # nobody is routed twice
 
 
