@@ -135,6 +135,56 @@ class Bf16Dot(Section):
 
 
 @dataclass(frozen=True)
+class ExactAccumulator(Section):
+    """Products of 128 of the contraction are exact, their scaled sums FP32 (§3.3.2)."""
+
+    path: ClassVar[str] = "model.dot.accumulator"
+    tag: ClassVar[str] = "exact"
+
+
+@dataclass(frozen=True)
+class HopperAccumulator(Section):
+    """Bit-level emulation of Hopper's tensor core, for studies: slow. `promote_every` is N_C;
+    None leaves the whole contraction to the tensor core."""
+
+    path: ClassVar[str] = "model.dot.accumulator"
+    tag: ClassVar[str] = "hopper"
+    promote_every: int | None = 128
+
+    def validate(self):
+        every = self.promote_every
+        self.require(every is None or (every > 0 and every % 32 == 0), "promote_every",
+                     "must be a multiple of 32, one instruction's share, or None")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fp8Dot(Section):
+    """Linear maps multiply in FP8 with fine-grained scaling (§3.3). The defaults are the report's;
+    the alternatives are its comparisons."""
+
+    path: ClassVar[str] = "model.dot"
+    tag: ClassVar[str] = "fp8"
+    groups: Literal["fine", "tensor"] = "fine"  # one scale for 128 or 128 x 128, or for a tensor
+    scales: Literal["float32", "power_of_two"] = "float32"
+    gradient_format: Literal["e4m3", "e5m2"] = "e4m3"
+    gradient_groups: Literal["tile", "block"] = "tile"  # block: App. B.2, which diverged
+    accumulator: ExactAccumulator | HopperAccumulator = ExactAccumulator()
+    backend: Literal["auto", "reference", "dequant"] = "auto"
+
+    def validate(self):
+        self.require(self.groups == "fine" or self.gradient_groups == "tile", "gradient_groups",
+                     "contradicts model.dot.groups = 'tensor', which has none")  # fmt: skip
+        if isinstance(self.accumulator, HopperAccumulator):
+            self.require(self.backend != "dequant", "backend",
+                         "multiplies in BF16, not by model.dot.accumulator = 'hopper'")  # fmt: skip
+            every = self.accumulator.promote_every
+            inside = every is not None and every <= 128 and 128 % every == 0
+            self.require(self.groups == "tensor" or inside, "groups",
+                         "needs model.dot.accumulator.promote_every = 32, 64 or 128: scales are "
+                         f"applied at each promotion, not every {every}")  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Model(Section):
     """The transformer: dense layers, then MoE layers, then MTP modules (§2, Fig. 2 and 3)."""
 
@@ -149,7 +199,7 @@ class Model(Section):
     mtp_depths: int = 1
     norm_eps: float = 1e-6
     init_std: float = 0.006
-    dot: Bf16Dot = Bf16Dot()
+    dot: Bf16Dot | Fp8Dot = Bf16Dot()
     remat: Literal["none", "report", "full"] = "none"
 
     def validate(self):

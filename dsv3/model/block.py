@@ -9,7 +9,7 @@ from dsv3.model.layers import RMSNorm, SwigluMlp, save_as
 from dsv3.model.mla import Mla
 from dsv3.model.moe import MoeFfn
 from dsv3.model.router import Routing
-from dsv3.numerics.dot import DotRule
+from dsv3.numerics.rule import DotRule
 
 
 class Block(nnx.Module):

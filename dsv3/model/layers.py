@@ -5,7 +5,7 @@ stored [inputs, outputs] as the master copy; products go through the dot rule gi
 Activations flow in the compute dtype, which the embedding sets and everything after it follows.
 
 `save_as(name, x)` marks an activation as one that the rematerialisation policies may keep; what a
-policy keeps is decided in `transformer.REMAT`, never in the layers.
+policy keeps is decided in `transformer.remat`, never in the layers.
 """
 
 import functools
@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name as _checkpoint_name
 
-from dsv3.numerics.dot import DotRule
+from dsv3.numerics.rule import DotRule
 
 
 def save_as(name: str, x: Array) -> Array:
@@ -69,8 +69,7 @@ class Linear(nnx.Module):
         self.dot = dot
 
     def __call__(self, x: Array) -> Array:
-        contract_last = (((x.ndim - 1,), (0,)), ((), ()))
-        return self.dot.dot_general(x, self.w[...], contract_last)
+        return self.dot.last_axis(x, self.w[...])
 
 
 class Embedding(nnx.Module):
@@ -100,6 +99,7 @@ class SwigluMlp(nnx.Module):
         self.down = Linear(k_down, hidden, width, std, dot)
 
     def __call__(self, x_BTD: Array) -> Array:
-        gate_BTF = save_as("swiglu_in", self.gate(x_BTD))
-        up_BTF = save_as("swiglu_in", self.up(x_BTD))
-        return self.down(swiglu(gate_BTF, up_BTF))
+        both_BTF = save_as("swiglu_in", self.gate(x_BTD)), save_as("swiglu_in", self.up(x_BTD))
+        dot = self.down.dot
+        second_half = dot.from_cache(lambda both, w: dot.last_axis(swiglu(*both), w))
+        return second_half(both_BTF, self.down.w[...])

@@ -20,7 +20,7 @@ from jax import Array
 from dsv3.config import Model
 from dsv3.model.layers import Linear, RMSNorm, save_as
 from dsv3.model.rope import ROTATE, softmax_scale
-from dsv3.numerics.dot import DotRule
+from dsv3.numerics.rule import DotRule
 
 LATENT_EPS = 1e-6
 QUERY_BLOCKS, MIN_QUERY_BLOCK = 8, 128  # of causal_attention: at most so many, at least so long
@@ -44,7 +44,7 @@ class Mla(nnx.Module):
         self.kv_norm = RMSNorm(mla.kv_latent, LATENT_EPS)
         kv_out = mla.heads * (mla.nope_dim + mla.value_dim)
         self.kv_b = Linear(keys[3], mla.kv_latent, kv_out, std, dot)
-        self.o = Linear(keys[4], mla.heads * mla.value_dim, config.width, std, dot)
+        self.o = Linear(keys[4], mla.heads * mla.value_dim, config.width, std, dot.after_attention)
         self.config = mla
 
     def __call__(self, h_BTD: Array, rotation: tuple[Array, Array]) -> Array:

@@ -18,12 +18,12 @@ from jax import Array
 from dsv3.config import Model
 from dsv3.model.layers import SwigluMlp, normal, recomputed, save_as, swiglu
 from dsv3.model.router import Router, Routing
-from dsv3.numerics.dot import DotRule
+from dsv3.numerics.rule import DotRule
 from dsv3.parallel.dispatch import combine, dispatch, dispatch_gates, layout_of
 
 
 @recomputed
-def _gated_swiglu(both_PN: Array, gate_P: Array) -> Array:
+def gated_swiglu(both_PN: Array, gate_P: Array) -> Array:
     """The hidden activation of every row, times the gate of its token: [P, M] from [P, 2 M]."""
     a_PM, b_PM = jnp.split(both_PN, 2, axis=-1)
     return (swiglu(a_PM, b_PM) * gate_P[:, None]).astype(both_PN.dtype)
@@ -45,12 +45,20 @@ class RoutedExperts(nnx.Module):
     def __call__(self, u_XD: Array, experts_XK: Array, gates_XK: Array) -> Array:
         layout = layout_of(experts_XK, self.gate.shape[0], self.block)
         layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
-        x_PD = save_as("dispatch", dispatch(u_XD, layout))
+        x_PD = save_as("dispatch", dispatch(self.dot.wire, u_XD, layout))
         gate_up_EDN = jnp.concatenate([self.gate[...], self.up[...]], axis=-1)
-        both_PN = save_as("swiglu_in", self.dot.grouped(x_PD, gate_up_EDN, layout.expert_Z))
-        hidden_PM = _gated_swiglu(both_PN, dispatch_gates(gates_XK, layout))
-        y_PD = self.dot.grouped(hidden_PM, self.down[...], layout.expert_Z)
-        return combine(y_PD, layout)
+        both_PN = self.dot.after_dispatch.grouped(x_PD, gate_up_EDN, layout.expert_Z)
+        gate_P = dispatch_gates(gates_XK, layout)
+        both_PN = save_as("swiglu_in", both_PN)
+        second_half = self.dot.from_cache(functools.partial(_second_half, self.dot.before_combine))
+        y_PD = second_half(both_PN, gate_P, self.down[...], layout.expert_Z)
+        return combine(self.dot.wire, y_PD, layout)
+
+
+def _second_half(
+    dot: DotRule, both_PN: Array, gate_P: Array, down_EMD: Array, expert_Z: Array
+) -> Array:
+    return dot.grouped(gated_swiglu(both_PN, gate_P), down_EMD, expert_Z)
 
 
 class MoeFfn(nnx.Module):

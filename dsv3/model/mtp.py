@@ -25,7 +25,8 @@ from dsv3.config import Model
 from dsv3.model.block import Block
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.router import Routing
-from dsv3.numerics.dot import DotRule, PlainDot
+from dsv3.numerics.dot import PlainDot
+from dsv3.numerics.rule import DotRule
 
 
 class MtpModule(nnx.Module):

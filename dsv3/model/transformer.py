@@ -7,10 +7,11 @@ long as one block. A scan body returns activations and statistics, never paramet
 returned, not collected on the side: one row of expert counts for each MoE layer, then one for each
 MTP depth.
 
-What the backward pass keeps is a policy over named activations (`REMAT`), applied to each block.
+What the backward pass keeps is a policy over named activations (`remat`), applied to each block.
 'report' is §3.2.3: norms, MLA up-projections and the SwiGLU product are recomputed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -26,17 +27,13 @@ from dsv3.model.rope import rotation
 from dsv3.model.router import Routing
 from dsv3.numerics import dot
 
-_policies = jax.checkpoint_policies
-REMAT = {
-    "none": lambda block: block,
-    "report": lambda block: jax.checkpoint(
-        block,
-        policy=_policies.save_only_these_names(
-            "latent", "attention", "residual", "routing", "dispatch", "swiglu_in"
-        ),
-    ),
-    "full": jax.checkpoint,
-}
+
+def remat(policy: str, block: Callable, kept: tuple[str, ...]) -> Callable:
+    """`block` under a rematerialisation policy; `kept` names what the dot rule wants cached."""
+    if policy == "none":
+        return block
+    names = ("latent", "residual", "routing", *kept) if policy == "report" else ()
+    return jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
 class Stats(NamedTuple):
@@ -109,13 +106,16 @@ class Transformer(nnx.Module):
         def body(x_BTD, block):
             return block(x_BTD, turn, valid_BT)
 
-        return lax.scan(REMAT[self.config.remat](body), x_BTD, blocks)
+        return lax.scan(self._remat(body), x_BTD, blocks)
+
+    def _remat(self, block: Callable) -> Callable:
+        return remat(self.config.remat, block, dot.build(self.config.dot).kept)
 
     def _mtp(self, h_BTD: Array, tokens_BT: Array, turn, valid_BT: Array):
         states, routings = [], []
         for depth, module in enumerate(self.mtp, start=1):
             ahead_BTD = self.embedding(tokens_ahead(tokens_BT, depth), h_BTD.dtype)
-            body = REMAT[self.config.remat](lambda m, *args: m(*args))
+            body = self._remat(lambda m, *args: m(*args))
             h_BTD, routing = body(module, h_BTD, ahead_BTD, turn, valid_at(valid_BT, depth))
             states.append(module.norm(h_BTD))
             routings.append(jax.tree.map(lambda leaf: leaf[None], routing))

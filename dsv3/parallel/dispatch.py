@@ -4,20 +4,24 @@ Contract. `layout_of` turns the routing of X tokens to K experts each into a `La
 assignments sorted by expert, each expert's rows padded to whole blocks, P rows in all. No token is
 ever dropped: P is a bound that holds for every routing, P = A rounded so that E partial blocks fit.
 
-    dispatch(x_XD, layout)    x_PD    row p holds the token of assignment p, zeros where padded
-    combine(y_PD, layout)     y_XD    each token's K rows summed
-    dispatch_gates(g_XK, layout) g_P  the gate of each row, zero where padded
+    dispatch(wire, x_XD, layout)  x_PD  row p holds the token of assignment p, zeros where padded
+    combine(wire, y_PD, layout)   y_XD  each token's K rows summed
+    dispatch_gates(g_XK, layout)  g_P   the gate of each row, zero where padded
 
 Both are linear and each is the other's transpose, so the backward pass of one is the other, and
 neither direction needs a scatter-add: both are gathers. Gates are applied inside the expert, on its
-hidden activations, which leaves `combine` a plain sum.
+hidden activations, which leaves `combine` a plain sum. What goes to experts is packed by the dot
+rule's `wire`, tokens forward and gradients backward; sums come back in the compute dtype (§3.3.3).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from dsv3.numerics.rule import Wire
 
 
 class Layout(NamedTuple):
@@ -62,26 +66,27 @@ def _rows(values_A: Array, assignment_P: Array) -> Array:
     return values_A.at[assignment_P].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
-def dispatch(x_XD: Array, layout: Layout) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dispatch(wire: Wire, x_XD: Array, layout: Layout) -> Array:
     """x_PD: the token of every row; zeros where padded."""
-    chosen = layout.row_XK.shape[1]
-    return _rows(x_XD, layout.assignment_P // chosen)
+    token_P = layout.assignment_P // layout.row_XK.shape[1]
+    packed_P = jax.tree.map(lambda leaf_X: _rows(leaf_X, token_P), wire.pack(x_XD))
+    return wire.unpack(packed_P, x_XD.dtype)
 
 
-@jax.custom_vjp
-def combine(y_PD: Array, layout: Layout) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine(wire: Wire, y_PD: Array, layout: Layout) -> Array:
     """y_XD: the sum of each token's rows."""
     return jnp.sum(y_PD[layout.row_XK], axis=1)
 
 
 dispatch.defvjp(
-    lambda x_XD, layout: (dispatch(x_XD, layout), layout),
-    lambda layout, dx_PD: (combine(dx_PD, layout), None),
+    lambda wire, x_XD, layout: (dispatch(wire, x_XD, layout), layout),
+    lambda wire, layout, dx_PD: (combine(wire, dx_PD, layout), None),
 )
 combine.defvjp(
-    lambda y_PD, layout: (combine(y_PD, layout), layout),
-    lambda layout, dy_XD: (dispatch(dy_XD, layout), None),
+    lambda wire, y_PD, layout: (combine(wire, y_PD, layout), layout),
+    lambda wire, layout, dy_XD: (dispatch(wire, dy_XD, layout), None),
 )
 
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from dsv3.model.mtp import valid_at
 from dsv3.model.transformer import Stats, Transformer
-from dsv3.numerics.dot import LINEAR
+from dsv3.numerics.rule import LINEAR
 
 CHUNK = 512  # positions whose logits are held at once
 

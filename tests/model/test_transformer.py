@@ -16,7 +16,7 @@ import pytest
 
 from dsv3.model.block import Block
 from dsv3.model.rope import rotation
-from dsv3.model.transformer import REMAT, Transformer
+from dsv3.model.transformer import Transformer, remat
 from dsv3.numerics.dot import PlainDot
 from dsv3.sweeps import load_config
 
@@ -159,7 +159,9 @@ def block_loss(policy, small):
     turn, valid_BT = rotation(small.mla, jnp.arange(T)), jnp.ones((B, T), bool)
 
     def loss(block, x_BTD):
-        y_BTD, routing = REMAT[policy](lambda b, x: b(x, turn, valid_BT))(block, x_BTD)
+        y_BTD, routing = remat(policy, lambda b, x: b(x, turn, valid_BT), PlainDot().kept)(
+            block, x_BTD
+        )
         return y_BTD.sum() + (0.0 if routing is None else routing.balance_loss)
 
     return loss
@@ -215,7 +217,7 @@ def test_the_reports_policy(small, fill, routed):
     dense = {("swiglu_in", f"{B},{T},{small.dense_width}"): 2}
     block = fill(lambda key: Block(key, small, PlainDot(), routed=routed))
     x_BTD = random(0, B, T, small.width)
-    losses = {policy: block_loss(policy, small) for policy in REMAT}
+    losses = {policy: block_loss(policy, small) for policy in ("none", "report", "full")}
     assert kept(losses["report"], block, x_BTD) == attention | (experts if routed else dense)
     assert not kept(losses["full"], block, x_BTD)
     assert kept(losses["none"], block, x_BTD).total() > 20

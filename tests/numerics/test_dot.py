@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from dsv3.config import Bf16Dot
-from dsv3.numerics.dot import LINEAR, PlainDot, build, grouped_loop
+from dsv3.numerics.dot import PlainDot, build, grouped_loop
+from dsv3.numerics.rule import LINEAR
 
 RULE = PlainDot()
 EXPERTS = 4

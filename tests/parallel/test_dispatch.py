@@ -1,5 +1,7 @@
 """Dispatch and combine: the layout's invariants, their duality, and that no token is dropped."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.parallel.dispatch import combine, count, dispatch, dispatch_gates, layout_of
+from dsv3.numerics.dot import PlainWire
+from dsv3.parallel import dispatch as module
+from dsv3.parallel.dispatch import count, dispatch_gates, layout_of
 
 X, K, E, D = 13, 3, 6, 5
 BLOCKS = (1, 4, 64)
 
 layout_at = jax.jit(layout_of, static_argnums=(1, 2))
 count_at = jax.jit(count, static_argnums=1)
+dispatch = functools.partial(module.dispatch, PlainWire())
+combine = functools.partial(module.combine, PlainWire())
 dispatch_at, combine_at, dispatch_gates_at = map(jax.jit, (dispatch, combine, dispatch_gates))
 
 choices = st.permutations(range(E)).map(lambda order: order[:K])

@@ -1,0 +1,250 @@
+"""The FP8 dot rules: three GEMMs, each with both operands grouped along its own contraction.
+
+    GEMM    y = sum over      left operand                     right operand         result
+    Fprop   inputs            x    TILE                        w   BLOCK             compute dtype
+    Dgrad   outputs           dy   TILE                        w   BLOCK             compute dtype
+    Wgrad   tokens            x    COLUMN, from its FP8 cache  dy  COLUMN            FP32
+
+(§3.3.1 Fig. 6, §3.3.2, §3.5.2; spec §2.2.) What the backward pass keeps of x is its FP8 form: one
+byte an element and the scales. Wgrad reads that, dequantises it and groups it anew along tokens.
+The input of the projection after attention is kept in E5M6 with power-of-two scales instead
+(§3.3.3): attention's own backward pass reads it too. Weights are quantised from their masters in
+both passes, rather than kept twice.
+
+Embedding, head, router, norms and core attention never come here (§3.3.1).
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3.config import Fp8Dot, HopperAccumulator
+from dsv3.numerics import fp8
+from dsv3.numerics.fp8 import Quantized, dequantize, quantize
+from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted
+from dsv3.numerics.rule import LinearMap, blocks, each_block
+
+CACHED = "fp8"  # the name of cached activations for rematerialisation policies
+
+
+def backend_of(config: Fp8Dot) -> Backend:
+    """What multiplies; 'auto' is left to the entry points and means 'reference' elsewhere."""
+    match config.accumulator:
+        case HopperAccumulator(promote_every=every):
+            return Hopper(every)
+    return Dequantized() if config.backend == "dequant" else Promoted()
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How activations travel to experts: FP8 tiles with power-of-two scales (§3.3.3).
+
+    Quantising again with such scales what was unpacked changes nothing, so the product on arrival
+    multiplies exactly the bytes that were sent.
+    """
+
+    def pack(self, x_XD: Array) -> Quantized:
+        return quantize(x_XD, fp8.TILE, power_of_two=True)
+
+    def unpack(self, packed: Quantized, dtype: jnp.dtype) -> Array:
+        return dequantize(packed, dtype)
+
+
+@dataclass(frozen=True)
+class Fp8Rule(LinearMap):
+    """The dot rule of `model.dot = 'fp8'` and of its variants; see `rule.DotRule`."""
+
+    config: Fp8Dot
+    cache_e5m6: bool = False
+    activation_powers: bool = False  # power-of-two scales for this product, whatever config.scales
+    gradient_powers: bool = False
+    kept: tuple[str, ...] = (CACHED,)  # what policies keep in place of the BF16 activations
+
+    @property
+    def wire(self) -> Wire:
+        return Wire()
+
+    @property
+    def after_attention(self) -> "Fp8Rule":
+        """The rule of the output projection."""
+        return replace(self, cache_e5m6=True, activation_powers=True)
+
+    @property
+    def after_dispatch(self) -> "Fp8Rule":
+        """The rule of the experts' first product."""
+        return replace(self, activation_powers=True)
+
+    @property
+    def before_combine(self) -> "Fp8Rule":
+        """The rule of the experts' last product."""
+        return replace(self, gradient_powers=True)
+
+    def linear(self, x_XI: Array, w_IO: Array) -> Array:
+        return _linear(self, x_XI, w_IO)
+
+    def grouped(self, x_PI: Array, w_EIO: Array, expert_Z: Array) -> Array:
+        return _grouped(self, x_PI, w_EIO, expert_Z)
+
+    def from_cache(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        """`function(x, ...)` that keeps x in FP8 and is computed again from it going backward."""
+        return functools.partial(_from_cache, self, function)
+
+    # How each operand is quantised. Stacks of matrices [Z, rows, columns] work as well.
+
+    def activation(self, x: Array) -> Quantized:
+        return quantize(
+            x, self._group(fp8.TILE), power_of_two=self._powers or self.activation_powers
+        )
+
+    def weight(self, w: Array) -> Quantized:
+        return quantize(w, self._group(fp8.BLOCK), power_of_two=self._powers)
+
+    def gradient(self, dy: Array) -> Quantized:
+        """For Dgrad; block by block only in the ablation of App. B.2."""
+        group = fp8.BLOCK if self.config.gradient_groups == "block" else fp8.TILE
+        powers = self._powers or self.gradient_powers
+        return quantize(dy, self._group(group), self.config.gradient_format, powers)
+
+    def column(self, x: Array) -> Quantized:
+        powers = self._powers or self.activation_powers
+        return quantize(x, self._group(fp8.COLUMN), power_of_two=powers)
+
+    def gradient_column(self, dy: Array) -> Quantized:
+        """For Wgrad; the blocks of App. B.2 need no second grouping, only a transpose."""
+        if self.config.gradient_groups == "block":
+            return self.gradient(dy)
+        group, powers = self._group(fp8.COLUMN), self._powers or self.gradient_powers
+        return quantize(dy, group, self.config.gradient_format, powers)
+
+    def in_blocks(self, quantizer: Callable[[Array], Quantized], x_PI: Array, expert_Z: Array):
+        """x quantised as [Z, b, I]; one scale for all blocks when it is one for the tensor."""
+        if self.config.groups == "fine":
+            return quantizer(blocks(x_PI, expert_Z))
+        q = quantizer(x_PI)
+        return Quantized(
+            blocks(q.values, expert_Z), jnp.broadcast_to(q.scales, (expert_Z.shape[0], 1, 1))
+        )
+
+    def keep(self, x: Array) -> Quantized:
+        """The cached form of an activation."""
+        cached = fp8.pack_e5m6(x) if self.cache_e5m6 else self.activation(x)
+        return jax.tree.map(lambda leaf: checkpoint_name(leaf, CACHED), cached)
+
+    def read(self, cached: Quantized) -> Array:
+        return fp8.unpack_e5m6(cached) if self.cache_e5m6 else dequantize(cached)
+
+    def _group(self, fine: fp8.Group) -> fp8.Group:
+        return fp8.TENSOR if self.config.groups == "tensor" else fine
+
+    @property
+    def _powers(self) -> bool:
+        return self.config.scales == "power_of_two"
+
+
+# --- dense -------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(rule: Fp8Rule, x_XI: Array, w_IO: Array) -> Array:
+    return _product(rule, rule.activation(x_XI), 1, rule.weight(w_IO), 0).astype(x_XI.dtype)
+
+
+def _linear_forward(rule, x_XI, w_IO):
+    return _linear(rule, x_XI, w_IO), (rule.keep(x_XI), w_IO)
+
+
+def _linear_backward(rule, residuals, dy_XO):
+    cached, w_IO = residuals
+    dx_XI = _product(rule, rule.gradient(dy_XO), 1, rule.weight(w_IO), 1)  # Dgrad
+    x_XI = rule.column(rule.read(cached))
+    dw_IO = _product(rule, x_XI, 0, rule.gradient_column(dy_XO), 0)  # Wgrad
+    return dx_XI.astype(dy_XO.dtype), dw_IO.astype(w_IO.dtype)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _product(rule: Fp8Rule, a: Quantized, over_a: int, b: Quantized, over_b: int) -> Array:
+    backend = backend_of(rule.config)
+    return backend.multiply(backend.prepare(a, over_a), backend.prepare(b, over_b))
+
+
+# --- grouped -----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(rule: Fp8Rule, x_PI: Array, w_EIO: Array, expert_Z: Array) -> Array:
+    x = rule.in_blocks(rule.activation, x_PI, expert_Z)
+    return _times_experts(rule, x, w_EIO, 0, expert_Z, x_PI.dtype)
+
+
+def _grouped_forward(rule, x_PI, w_EIO, expert_Z):
+    return _grouped(rule, x_PI, w_EIO, expert_Z), (rule.keep(x_PI), w_EIO, expert_Z)
+
+
+def _grouped_backward(rule, residuals, dy_PO):
+    cached, w_EIO, expert_Z = residuals
+    dy = rule.in_blocks(rule.gradient, dy_PO, expert_Z)
+    dx_PI = _times_experts(rule, dy, w_EIO, 1, expert_Z, dy_PO.dtype)
+
+    over_tokens = jax.vmap(lambda q: backend_of(rule.config).prepare(q, 0))
+    operands_Z = (
+        over_tokens(rule.in_blocks(rule.column, rule.read(cached), expert_Z)),
+        over_tokens(rule.in_blocks(rule.gradient_column, dy_PO, expert_Z)),
+    )
+
+    def accumulate(dw_EIO, z, expert):
+        x, dy = jax.tree.map(lambda leaf: leaf[z], operands_Z)
+        return dw_EIO.at[expert].add(backend_of(rule.config).multiply(x, dy))
+
+    start_EIO = jnp.zeros(w_EIO.shape, jnp.float32)
+    dw_EIO = each_block(w_EIO.shape[0], expert_Z, accumulate, start_EIO)
+    return dx_PI, dw_EIO.astype(w_EIO.dtype), None
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _times_experts(
+    rule: Fp8Rule, x: Quantized, w_EIO: Array, axis: int, expert_Z: Array, dtype: jnp.dtype
+) -> Array:
+    """[P, N] in `dtype`: each block of x [Z, b, .] times its expert's weight over its `axis`."""
+    backend = backend_of(rule.config)
+    x_Z = jax.vmap(lambda q: backend.prepare(q, 1))(x)
+    w_E = jax.vmap(lambda q: backend.prepare(q, axis))(rule.weight(w_EIO))
+
+    def one(y_ZbN, z, expert):
+        x_z = jax.tree.map(lambda leaf: leaf[z], x_Z)
+        w_e = jax.tree.map(lambda leaf: leaf[expert], w_E)
+        return y_ZbN.at[z].set(backend.multiply(x_z, w_e).astype(dtype))
+
+    shape = (*x.values.shape[:2], w_EIO.shape[2 - axis])
+    y_ZbN = each_block(w_EIO.shape[0], expert_Z, one, jnp.zeros(shape, dtype))
+    return y_ZbN.reshape(-1, shape[-1])
+
+
+# --- recomputation from a cache ----------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _from_cache(rule: Fp8Rule, function, x, *others) -> Array:
+    return function(x, *others)
+
+
+def _from_cache_forward(rule, function, x, *others):
+    return function(x, *others), (jax.tree.map(rule.keep, x), others)
+
+
+def _from_cache_backward(rule, function, residuals, dy):
+    cached, others = residuals
+    is_cached = lambda node: isinstance(node, Quantized)  # noqa: E731
+    x = jax.tree.map(lambda q: rule.read(q).astype(dy.dtype), cached, is_leaf=is_cached)
+    return jax.vjp(function, x, *others)[1](dy)
+
+
+_from_cache.defvjp(_from_cache_forward, _from_cache_backward)

@@ -1,0 +1,115 @@
+"""Dot rules: the one seam through which precision enters the model.
+
+Every linear map of the model is one of two products, and a dot rule is an object that has them:
+
+    last_axis(x, w)              y[..., O] = x[..., I] · w[I, O]
+    dot_general(x, w, dims)      the same, shaped like `lax.dot_general`
+    grouped(x_PI, w_EIO, e_Z)    block z of x's rows times w_EIO[e_Z[z]]  experts, sorted and padded
+
+Contract. `x` is in the compute dtype and so is `y`. `w` is the stored master weight, in any
+precision; casting it is the rule's business. Products accumulate in FP32, the weight gradient
+comes back in w's dtype without having passed through anything narrower than FP32 (Fig. 6).
+A rule is a frozen, hashable value with no arrays in it: it is static to `jax.jit`, chosen once
+from `config.model.dot`, and also drops into `flax.nnx.Linear(dot_general=rule.dot_general)`.
+
+What a rule says besides, all of it trivial for BF16:
+
+    kept                 names of the activations that the report's rematerialisation policy keeps
+    wire                 how activations are packed on their way to experts
+    after_attention      the rule of the projection whose input attention's backward pass reads too
+    after_dispatch       the rule of the experts' first product: its input comes off the wire
+    before_combine       the rule of their last: its gradient comes off the wire
+    from_cache(f)        f(x, ...), with x (one array or several) cached in the rule's format, from
+                         which the backward pass computes f again
+
+Experts are a loop over blocks and not `lax.ragged_dot`: the latter expands to one dense product per
+expert on CPU and CUDA. Gathering a weight for every block materialises [Z, I, O]. The loop touches
+one block and one expert at a time, stops at the last block in use, and costs what its products do.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+LINEAR = (((1,), (0,)), ((), ()))  # the only contraction a linear map needs, on 2-D operands
+
+
+class Wire(Protocol):
+    """`unpack(pack(x))` is what arrives of the rows x_XD; packed leaves have X as first axis."""
+
+    def pack(self, x_XD: Array) -> Any: ...
+
+    def unpack(self, packed: Any, dtype: Any) -> Array: ...
+
+
+class DotRule(Protocol):
+    """See the module docstring for the contract."""
+
+    @property
+    def kept(self) -> tuple[str, ...]: ...
+
+    @property
+    def wire(self) -> Wire: ...
+
+    @property
+    def after_attention(self) -> "DotRule": ...
+
+    @property
+    def after_dispatch(self) -> "DotRule": ...
+
+    @property
+    def before_combine(self) -> "DotRule": ...
+
+    def from_cache(self, function: Callable[..., Array]) -> Callable[..., Array]: ...
+
+    def last_axis(self, x: Array, w: Array) -> Array: ...
+
+    def dot_general(
+        self, x: Array, w: Array, dimension_numbers: Any, precision: Any = None,
+        preferred_element_type: Any = None, out_sharding: Any = None,
+    ) -> Array: ...  # fmt: skip
+
+    def grouped(self, x_PI: Array, w_EIO: Array, expert_Z: Array) -> Array: ...
+
+
+class LinearMap:
+    """The forms of a linear map, for rules that implement `linear(x_XI, w_IO)`."""
+
+    def linear(self, x_XI: Array, w_IO: Array) -> Array:
+        raise NotImplementedError
+
+    def last_axis(self, x: Array, w: Array) -> Array:
+        """y[..., O] = x[..., I] · w[I, O] in x's dtype."""
+        return self.linear(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[1])
+
+    def dot_general(
+        self, x, w, dimension_numbers, precision=None, preferred_element_type=None,
+        out_sharding=None,
+    ) -> Array:  # fmt: skip
+        """The same in `lax.dot_general`'s form; ValueError for any other contraction."""
+        require_linear(x, w, dimension_numbers, out_sharding)
+        y = self.last_axis(x, w)
+        return y if preferred_element_type is None else y.astype(preferred_element_type)
+
+
+def require_linear(x: Array, w: Array, dimension_numbers: Any, out_sharding: Any = None) -> None:
+    """Raise ValueError unless the contraction is x's last axis with w's first, nothing batched."""
+    if out_sharding is not None:
+        raise ValueError("a dot rule leaves the sharding of its result to its operands")
+    (contract_x, contract_w), (batch_x, batch_w) = dimension_numbers
+    linear = tuple(contract_x) == (x.ndim - 1,) and tuple(contract_w) == (0,) and w.ndim == 2
+    if not linear or tuple(batch_x) or tuple(batch_w):
+        raise ValueError(f"a dot rule computes x[..., I] · w[I, O], not {dimension_numbers}")
+
+
+def blocks(x_PI: Array, expert_Z: Array) -> Array:
+    """The rows of x as [Z, P / Z, I]."""
+    return x_PI.reshape(expert_Z.shape[0], -1, x_PI.shape[-1])
+
+
+def each_block(experts: int, expert_Z: Array, body, start: Array) -> Array:
+    """Fold `body(carry, z, expert)` over the blocks in use, which come first; E marks the rest."""
+    used = jnp.sum(expert_Z < experts)
+    return lax.fori_loop(0, used, lambda z, carry: body(carry, z, expert_Z[z]), start)

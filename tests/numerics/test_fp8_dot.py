@@ -1,0 +1,299 @@
+"""FP8 products and dot rules: exact on what was quantised, close to what was not, small to keep."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsv3.bindings import apply
+from dsv3.config import Config, ExactAccumulator, Fp8Dot, HopperAccumulator
+from dsv3.errors import ConfigError
+from dsv3.numerics import fp8
+from dsv3.numerics.dot import build
+from dsv3.numerics.fp8 import BLOCK, COLUMN, TENSOR, TILE, Quantized, dequantize, quantize
+from dsv3.numerics.fp8_dot import Fp8Rule, Wire, backend_of
+from dsv3.numerics.products import Dequantized, Hopper, Promoted, exact_product
+
+RULE = Fp8Rule(Fp8Dot())
+EXPERTS, BLOCK_ROWS, INPUTS, OUTPUTS = 3, 128, 200, 136  # widths that are no multiples of 128
+EXPERT_Z = jnp.array([0, 2, 2, EXPERTS], jnp.int32)
+PRODUCTS = {  # how each GEMM groups and contracts its two operands (spec §2.2)
+    "fprop": ((TILE, 1, (96, 300)), (BLOCK, 0, (300, 72))),
+    "dgrad": ((TILE, 1, (96, 300)), (BLOCK, 1, (72, 300))),
+    "wgrad": ((COLUMN, 0, (300, 96)), (COLUMN, 0, (300, 72))),
+}
+
+
+def random(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def operands(kind, groups=None, seed=0):
+    for group, axis, shape in PRODUCTS[kind]:
+        x = random(seed, *shape) * jnp.exp(random(seed + 1, shape[0], 1))
+        yield quantize(x, groups or group), axis
+        seed += 2
+
+
+def error(got, wanted):
+    """Frobenius, relative."""
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+
+
+def unlikeness(got, wanted):
+    """DeepGEMM's measure: 1 - 2 <x, y> / (|x|^2 + |y|^2)."""
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    return 1 - 2 * (got * wanted).sum() / ((got**2).sum() + (wanted**2).sum())
+
+
+def multiply(backend, kind, groups=None):
+    (a, axis_a), (b, axis_b) = operands(kind, groups)
+    wanted = exact_product(*(Quantized(q.values, q.scales) for q in (a, b)), (axis_a, axis_b))
+    return backend.multiply(backend.prepare(a, axis_a), backend.prepare(b, axis_b)), wanted
+
+
+# --- products ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [None, TENSOR], ids=["fine", "tensor"])
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_the_promoted_product_is_exact_to_fp32(kind, groups):
+    got, wanted = multiply(Promoted(), kind, groups)
+    assert got.dtype == jnp.float32
+    assert error(got, wanted) < 1e-6  # a sum of 300 in FP32
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_the_dequantized_product_rounds_operands_to_bf16(kind):
+    got, wanted = multiply(Dequantized(), kind)
+    assert 1e-5 < error(got, wanted) < 2**-8
+
+
+def test_hopper_with_promotion_is_close_and_without_is_not():
+    promoted, wanted = multiply(Hopper(128), "fprop")
+    assert error(promoted, wanted) < 1e-3
+    tensor, wanted = multiply(Hopper(None), "fprop", TENSOR)
+    assert error(tensor, wanted) > 1e-5 > 10 * error(*multiply(Promoted(), "fprop", TENSOR))
+
+
+# --- the dense rule ----------------------------------------------------------------------------
+
+
+def gradients(rule, x, w, dy):
+    y, vjp = jax.vjp(rule.linear, x, w)
+    return y, *vjp(dy)
+
+
+def test_each_gemm_multiplies_what_the_report_says():
+    x, w, dy = random(0, 150, INPUTS), random(1, INPUTS, OUTPUTS), random(2, 150, OUTPUTS)
+    y, dx, dw = jax.jit(functools.partial(gradients, RULE))(x, w, dy)
+    q_x, q_w, q_dy = quantize(x, TILE), quantize(w, BLOCK), quantize(dy, TILE)
+    again = quantize(dequantize(q_x), COLUMN)
+    assert error(y, exact_product(q_x, q_w, (1, 0))) < 1e-6
+    assert error(dx, exact_product(q_dy, q_w, (1, 1))) < 1e-6
+    assert error(dw, exact_product(again, quantize(dy, COLUMN), (0, 0))) < 1e-6
+    assert unlikeness(y, x @ w) < 1e-3 > unlikeness(dx, dy @ w.T)
+    assert unlikeness(dw, x.T @ dy) < 2e-3  # x was rounded twice
+
+
+def test_dtypes_follow_the_contract():
+    x, w, dy = random(0, 64, 128, dtype=jnp.bfloat16), random(1, 128, 64), random(2, 64, 64)
+    y, dx, dw = gradients(RULE, x, w, dy.astype(jnp.bfloat16))
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+
+
+def kept_by(function, *args):
+    """The arrays that the backward pass keeps, without the arguments themselves."""
+    _, vjp = jax.vjp(function, *args)
+    mine = {id(a) for a in args}
+    return [leaf for leaf in jax.tree.leaves(vjp) if id(leaf) not in mine and leaf.ndim]
+
+
+def test_the_cached_activation_costs_a_byte_an_element():
+    x, w = random(0, 256, 512, dtype=jnp.bfloat16), random(1, 512, 128)
+    kept = kept_by(RULE.linear, x, w)
+    assert sorted((leaf.dtype.name, leaf.shape) for leaf in kept) == [
+        ("float32", (256, 4)), ("float8_e4m3fn", (256, 512)),
+    ]  # fmt: skip
+    kept = kept_by(RULE.after_attention.linear, x, w)
+    assert sum(leaf.nbytes for leaf in kept) == 256 * (512 * 3 // 2 + 4 * 4)
+
+
+def test_scales_after_attention_and_on_the_wire_are_powers_of_two():
+    x = random(0, 8, 256)
+    for rule in (RULE.after_attention, RULE.after_dispatch):
+        assert (np.log2(rule.activation(x).scales) % 1 == 0).all()
+        assert (np.log2(rule.column(x).scales) % 1 == 0).all()
+    assert (np.log2(RULE.before_combine.gradient(x).scales) % 1 == 0).all()
+    assert not (np.log2(RULE.activation(x).scales) % 1 == 0).all()
+
+
+def test_the_product_on_arrival_multiplies_the_bytes_that_were_sent():
+    x = random(0, 40, INPUTS, dtype=jnp.bfloat16)
+    sent = Wire().pack(x)
+    arrived = RULE.after_dispatch.activation(Wire().unpack(sent, x.dtype))
+    np.testing.assert_array_equal(dequantize(arrived), dequantize(sent))
+
+
+def test_it_drops_into_a_flax_linear():
+    layer = nnx.Linear(
+        256, 128, use_bias=False, dot_general=RULE.dot_general, rngs=nnx.Rngs(0),
+        promote_dtype=lambda args, **_: args,
+    )  # fmt: skip
+    x = random(0, 4, 256)
+    wanted = exact_product(quantize(x, TILE), quantize(layer.kernel[...], BLOCK), (1, 0))
+    assert error(layer(x), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_the_output_and_both_gradients(bad):
+    w, dy = random(1, 256, 128), random(2, 130, 128)
+    x = random(0, 130, 256).at[3, 4].set(bad)
+    y, _, dw = gradients(RULE, x, w, dy)
+    assert not np.isfinite(y[3]).any() and np.isfinite(y[4]).all()
+    assert not np.isfinite(dw[4]).any()
+    _, dx, dw = gradients(RULE, random(0, 130, 256), w, dy.at[3, 4].set(bad))
+    assert not np.isfinite(dx[3]).any() and not np.isfinite(dw[:, 4]).any()
+
+
+# --- the grouped rule --------------------------------------------------------------------------
+
+
+def grouped_operands(dtype=jnp.float32):
+    rows = BLOCK_ROWS * len(EXPERT_Z)
+    x, w = random(0, rows, INPUTS, dtype=dtype), random(1, EXPERTS, INPUTS, OUTPUTS)
+    return x, w, random(2, rows, OUTPUTS, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Fp8Dot(), Fp8Dot(groups="tensor"), Fp8Dot(gradient_groups="block"), Fp8Dot(backend="dequant")],
+    ids=["fine", "tensor", "block gradients", "dequant"],
+)
+def test_grouped_is_dense_expert_by_expert(config):
+    rule = Fp8Rule(config)
+    x, w, dy = grouped_operands()
+    dy = dy.at[-BLOCK_ROWS:].set(0)  # nothing comes back for the unused block
+
+    def run(x, w):
+        return rule.grouped(x, w, EXPERT_Z)
+
+    y, (dx, dw) = jax.jit(lambda x, w, dy: (run(x, w), jax.vjp(run, x, w)[1](dy)))(x, w, dy)
+    if config.groups == "tensor":  # one scale for all blocks: close to, not equal to, each alone
+        assert unlikeness(y[:BLOCK_ROWS], x[:BLOCK_ROWS] @ w[0]) < 1e-3
+        return
+    used = [(z, e) for z, e in enumerate(EXPERT_Z.tolist()) if e < EXPERTS]
+    dw_alone = np.zeros(w.shape, np.float32)
+    for z, e in used:
+        at = slice(z * BLOCK_ROWS, (z + 1) * BLOCK_ROWS)
+        y_z, dx_z, dw_z = gradients(rule, x[at], w[e], dy[at])
+        assert error(y[at], y_z) < 1e-6 and error(dx[at], dx_z) < 1e-6
+        dw_alone[e] += dw_z
+    assert error(dw, dw_alone) < 1e-6
+    assert not np.asarray(dw[1]).any()  # an expert without tokens
+    assert not np.asarray(y[-BLOCK_ROWS:]).any()  # a block without an expert
+
+
+def test_blocks_shorter_than_a_group():
+    x, w, dy = grouped_operands()
+    x, dy = x[: 32 * 4], dy[: 32 * 4]
+    y, vjp = jax.vjp(lambda x, w: RULE.grouped(x, w, EXPERT_Z), x, w)
+    dx, dw = vjp(dy.at[96:].set(0))
+    assert unlikeness(y[:32], x[:32] @ w[0]) < 1e-3 > unlikeness(dx[:32], dy[:32] @ w[0].T)
+    assert unlikeness(dw[0], x[:32].T @ dy[:32]) < 2e-3
+
+
+def test_grouped_keeps_fp8():
+    x, w, _ = grouped_operands(jnp.bfloat16)
+    kept = kept_by(lambda x, w: RULE.grouped(x, w, EXPERT_Z), x, w)
+    assert sum(leaf.nbytes for leaf in kept if leaf.ndim > 1) == x.size + 4 * x.shape[0] * 2
+
+
+# --- recomputation from the cache --------------------------------------------------------------
+
+
+def test_from_cache_is_exact_forward_and_backward_from_the_rounded_input():
+    a, b, w, dy = random(0, 9, 256), random(1, 9, 256), random(2, 256, 8), random(3, 9, 8)
+
+    def function(both, w):
+        return jnp.tanh(both[0]) * both[1] @ w
+
+    y, vjp = jax.vjp(RULE.from_cache(function), (a, b), w)
+    np.testing.assert_allclose(y, function((a, b), w), rtol=1e-6)
+    rounded = tuple(dequantize(quantize(x, TILE)) for x in (a, b))
+    wanted = jax.vjp(function, rounded, w)[1](dy)
+    for got, right in zip(jax.tree.leaves(vjp(dy)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)
+    kept = {leaf.dtype.name for leaf in kept_by(RULE.from_cache(function), (a, b), w)}
+    assert "float8_e4m3fn" in kept
+
+
+# --- the ablations -----------------------------------------------------------------------------
+
+
+def test_every_alternative_computes_and_differs():
+    x, w, dy = random(0, 128, 256), random(1, 256, 128), random(2, 128, 128)
+    plain = (x @ w, dy @ w.T, x.T @ dy)
+    variants = {
+        "report": Fp8Dot(),
+        "tensor": Fp8Dot(groups="tensor"),
+        "powers": Fp8Dot(scales="power_of_two"),
+        "e5m2": Fp8Dot(gradient_format="e5m2"),
+        "block": Fp8Dot(gradient_groups="block"),
+        "hopper": Fp8Dot(accumulator=HopperAccumulator(64)),
+        "unpromoted": Fp8Dot(groups="tensor", accumulator=HopperAccumulator(None)),
+        "dequant": Fp8Dot(backend="dequant"),
+    }
+    seen = {}
+    for name, config in variants.items():
+        result = gradients(build(config), x, w, dy)
+        assert all(unlikeness(g, t) < 1e-2 for g, t in zip(result, plain, strict=True))
+        seen[name] = np.concatenate([np.ravel(r) for r in result])
+    names = list(seen)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            assert (seen[one] != seen[other]).any(), (one, other)
+
+
+def test_block_gradients_are_worse_where_tokens_differ_in_size():
+    """App. B.2: a block's scale is set by its largest token; small tokens lose their gradient."""
+    w = random(1, 256, 256)
+    dy = random(2, 256, 256) * 10.0 ** jnp.linspace(-4, 2, 256)[:, None]
+    x = random(0, 256, 256)
+
+    def worst(rule):
+        _, dx, _ = gradients(rule, x, w, dy)
+        per_token = np.linalg.norm(dx - dy @ w.T, axis=1) / np.linalg.norm(dy @ w.T, axis=1)
+        return np.median(per_token)
+
+    assert worst(Fp8Rule(Fp8Dot(gradient_groups="block"))) > 3 * worst(RULE)
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"groups": "tensor", "gradient_groups": "block"}, ("gradient_groups", "groups")),
+        ({"accumulator": HopperAccumulator(None)}, ("groups", "promote_every")),
+        ({"accumulator": HopperAccumulator(4096)}, ("groups", "promote_every")),
+        ({"accumulator": "hopper", "backend": "dequant"}, ("backend", "accumulator")),
+    ],
+)
+def test_impossible_combinations_name_both_fields(values, names):
+    with pytest.raises(ConfigError) as caught:
+        Fp8Dot(**values)
+    assert all(f"model.dot.{name}" in str(caught.value) for name in names)
+
+
+def test_bindings_reach_the_alternatives():
+    config = apply(Config(), {"model.dot": "fp8", "model.dot.scales": "power_of_two"})
+    assert config.model.dot == Fp8Dot(scales="power_of_two")
+    assert backend_of(config.model.dot) == Promoted()
+    assert backend_of(dataclasses.replace(config.model.dot, backend="dequant")) == Dequantized()
+    assert Fp8Dot().accumulator == ExactAccumulator()
+    assert hash(build(Fp8Dot())) == hash(build(Fp8Dot()))
+    assert fp8.GROUP == 128
