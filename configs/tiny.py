@@ -46,5 +46,9 @@ sweeps = {
     "balance": lambda: param("model.moe.balance", ["aux_free", "aux_loss", "none"]),
     # Table 4 in small: without and with the MTP module.
     "mtp": lambda: product(param("model.mtp_depths", [0, 1]), param("training.seed", [0, 1, 2])),
+    # Fig. 10 in small: BF16 against FP8, the same data and initialisation for each seed.
+    "precision": lambda: product(
+        param("training.seed", [0, 1, 2]), param("model.dot", ["bf16", "fp8"])
+    ),
     "learning_rate": lambda: param("training.learning_rate", [2e-3, 4e-3, 8e-3]),
 }
