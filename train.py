@@ -21,7 +21,7 @@ from dsv3 import counts
 from dsv3.bindings import apply, difference, operative, parse, read_bindings
 from dsv3.checkpoint.store import Store
 from dsv3.cli import Parser
-from dsv3.config import Config
+from dsv3.config import Config, Fp8Dot
 from dsv3.data.loader import Loader
 from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.progress import progress_bars
@@ -29,6 +29,8 @@ from dsv3.errors import exits_cleanly
 from dsv3.evaluation.closing import closing_report
 from dsv3.files import exclusive, write_atomically
 from dsv3.host import keep_freed_memory
+from dsv3.numerics.dot import placed
+from dsv3.parallel.mesh import platform
 from dsv3.reporting.metrics import Recorder
 from dsv3.reporting.plots import compare_runs, plot_run
 from dsv3.reporting.progress import TrainingProgress
@@ -46,8 +48,9 @@ def train(
     """Train in `workdir`, resuming what is there, to optimizer step `steps` or to the end."""
     workdir, stop = Path(workdir), stop or StopRequest()
     workdir.mkdir(parents=True, exist_ok=True)
+    on_platform = {"model.dot": placed(config.model.dot, platform())}
     with exclusive(workdir):
-        return _train(config, workdir, steps, stop)
+        return _train(apply(config, on_platform), workdir, steps, stop)
 
 
 def _train(
@@ -108,10 +111,12 @@ def describe_run(config: Config, prepared: Prepared, workdir: Path, say: Callabl
     if prepared.tokenizer is not None:
         prepared.tokenizer.save(workdir / "tokenizer.json")
     total, active = counts.parameters(config.model).total, counts.activated(config.model).total
+    dot = config.model.dot
+    backend = f"(backend {dot.backend!r}) " if isinstance(dot, Fp8Dot) else ""
     say(f"data: {prepared.describe()}")
     say(
         f"model: {total:,} parameters, {active:,} activated a token; dot rule "
-        f"{config.model.dot.tag!r} in {config.training.compute_dtype} on {jax.default_backend()}"
+        f"{config.model.dot.tag!r} {backend}in {config.training.compute_dtype} on {platform()}"
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from dsv3.config import Bf16Dot, Fp8Dot
 from dsv3.numerics.fp8_dot import Fp8Rule
-from dsv3.numerics.rule import LINEAR, DotRule, LinearMap, blocks, each_block
+from dsv3.numerics.rule import LINEAR, DotRule, Formats, LinearMap, blocks, each_block
 
 
 def build(config: Bf16Dot | Fp8Dot) -> DotRule:
@@ -21,6 +21,15 @@ def build(config: Bf16Dot | Fp8Dot) -> DotRule:
             return PlainDot()
         case Fp8Dot():
             return Fp8Rule(config)
+
+
+def placed[D: Bf16Dot | Fp8Dot](config: D, platform: str) -> D:
+    """`config` with its backend chosen for a platform, where it leaves the choice: 'reference' on
+    CPUs, elsewhere 'dequant', which costs one BF16 product."""
+    match config:
+        case Fp8Dot(backend="auto"):
+            return replace(config, backend="reference" if platform == "cpu" else "dequant")
+    return config
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,11 @@ class PlainDot(LinearMap):
 
     kept: tuple[str, ...] = ("attention", "dispatch", "swiglu_in")
     wire: PlainWire = PlainWire()
+
+    @property
+    def formats(self) -> Formats:
+        plain = "compute x compute"
+        return Formats(plain, plain, plain, "compute")
 
     @property
     def after_attention(self) -> "PlainDot":

@@ -27,7 +27,7 @@ from dsv3.config import Fp8Dot, HopperAccumulator
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize, quantize
 from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted
-from dsv3.numerics.rule import LinearMap, blocks, each_block
+from dsv3.numerics.rule import Formats, LinearMap, blocks, each_block
 
 CACHED = "fp8"  # the name of cached activations for rematerialisation policies
 
@@ -64,6 +64,19 @@ class Fp8Rule(LinearMap):
     activation_powers: bool = False  # power-of-two scales for this product, whatever config.scales
     gradient_powers: bool = False
     kept: tuple[str, ...] = (CACHED,)  # what policies keep in place of the BF16 activations
+
+    @property
+    def formats(self) -> Formats:
+        fine, block = self.config.groups == "fine", self.config.gradient_groups == "block"
+        x, w, dy = "e4m3", "e4m3", self.config.gradient_format
+        tile, square, column = ("1x128", "128x128", "128x1") if fine else ("tensor",) * 3
+        dy_fprop, dy_wgrad = (square, square) if block else (tile, column)
+        return Formats(
+            f"{x} {tile} x {w} {square}",
+            f"{dy} {dy_fprop} x {w} {square}",
+            f"{x} {column} x {dy} {dy_wgrad}",
+            "e5m6 1x128" if self.cache_e5m6 else f"{x} {tile}",
+        )
 
     @property
     def wire(self) -> Wire:

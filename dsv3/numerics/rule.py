@@ -14,6 +14,7 @@ from `config.model.dot`, and also drops into `flax.nnx.Linear(dot_general=rule.d
 
 What a rule says besides, all of it trivial for BF16:
 
+    formats              in words, what each of the three products multiplies, and what is cached
     kept                 names of the activations that the report's rematerialisation policy keeps
     wire                 how activations are packed on their way to experts
     after_attention      the rule of the projection whose input attention's backward pass reads too
@@ -28,7 +29,7 @@ one block and one expert at a time, stops at the last block in use, and costs wh
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -44,8 +45,20 @@ class Wire(Protocol):
     def unpack(self, packed: Any, dtype: Any) -> Array: ...
 
 
+class Formats(NamedTuple):
+    """In words: the operands of each product, and how the input is cached for Wgrad."""
+
+    fprop: str
+    dgrad: str
+    wgrad: str
+    cache: str
+
+
 class DotRule(Protocol):
     """See the module docstring for the contract."""
+
+    @property
+    def formats(self) -> Formats: ...
 
     @property
     def kept(self) -> tuple[str, ...]: ...

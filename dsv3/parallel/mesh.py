@@ -11,3 +11,8 @@ def host_sharding() -> jax.sharding.Sharding:
     """Placement in the pinned host memory of the default device."""
     device = jax.local_devices()[0]
     return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': what the default devices are."""
+    return jax.default_backend()

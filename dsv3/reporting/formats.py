@@ -1,0 +1,85 @@
+"""Which product of a configuration runs in which format.
+
+    python -m dsv3.reporting.formats configs/deepseek_v3.py --set model.dot=fp8
+
+Walks the model itself, built as shapes only, and asks the dot rule in each of its parts: what is
+printed is what runs. Products without a dot rule stay high by construction (§3.3.1): the router is
+FP32, core attention multiplies in the compute dtype with an FP32 softmax.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from dsv3.bindings import apply, parse
+from dsv3.cli import Parser
+from dsv3.config import Model
+from dsv3.errors import exits_cleanly
+from dsv3.model.layers import Embedding, Linear
+from dsv3.model.mla import Mla
+from dsv3.model.moe import RoutedExperts
+from dsv3.model.router import Router
+from dsv3.model.transformer import Transformer
+from dsv3.numerics.rule import Formats
+from dsv3.sweeps import load_config
+
+PLAIN, FP32 = "compute x compute", "float32 x float32"
+CORE = Formats(PLAIN, PLAIN, PLAIN, "compute")
+ROUTER = Formats(FP32, FP32, FP32, "float32")
+LOOKUP = Formats("lookup in float32", "-", "float32", "-")
+
+
+class Product(NamedTuple):
+    """One product of the model; `shape` is its weight's, with stacked layers and experts first."""
+
+    name: str
+    shape: tuple[int, ...]
+    formats: Formats
+
+
+def products(config: Model) -> Iterator[Product]:
+    """Every product with a weight, and core attention, in the model's own order of parts."""
+    model = jax.eval_shape(lambda key: Transformer(key, config), jax.random.key(0))
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, path))
+        match module:
+            case Linear():
+                yield Product(name, module.w.shape, module.dot.formats)
+            case RoutedExperts():
+                first, second = module.dot.after_dispatch, module.dot.before_combine
+                *experts, width, hidden = module.gate.shape
+                gate_up = (*experts, width, 2 * hidden)
+                yield Product(f"{name}.gate_up", gate_up, first.formats)
+                yield Product(f"{name}.down", module.down.shape, second.formats)
+            case Router():
+                yield Product(name, module.w.shape, ROUTER)
+            case Mla():
+                yield Product(f"{name}.core", (), CORE)
+            case Embedding():
+                yield Product(name, module.table.shape, LOOKUP)
+
+
+def table(config: Model) -> str:
+    """One line for each product."""
+    rows = [("product", "weight", *(field.capitalize() for field in Formats._fields))]
+    for name, shape, formats in products(config):
+        rows.append((name, "x".join(map(str, shape)), *formats))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+@exits_cleanly
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("config", help="a configuration file, configs/*.py")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings")
+    options = parser.parse_args(arguments)
+    bindings = [binding for text in options.bindings for binding in parse(text)]
+    print(table(apply(load_config(options.config), bindings).model))
+
+
+if __name__ == "__main__":
+    main()
