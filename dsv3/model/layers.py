@@ -69,7 +69,13 @@ class Linear(nnx.Module):
         self.dot = dot
 
     def __call__(self, x: Array) -> Array:
-        return self.dot.last_axis(x, self.w[...])
+        [y] = self.dot.last_axis(x, self.w[...])
+        return y
+
+
+def together(x: Array, *linears: Linear) -> list[Array]:
+    """Each of them applied to x, which a dot rule then quantises and caches once."""
+    return linears[0].dot.last_axis(x, *(linear.w[...] for linear in linears))
 
 
 class Embedding(nnx.Module):
@@ -99,7 +105,7 @@ class SwigluMlp(nnx.Module):
         self.down = Linear(k_down, hidden, width, std, dot)
 
     def __call__(self, x_BTD: Array) -> Array:
-        both_BTF = save_as("swiglu_in", self.gate(x_BTD)), save_as("swiglu_in", self.up(x_BTD))
+        both_BTF = [save_as("swiglu_in", y) for y in together(x_BTD, self.gate, self.up)]
         dot = self.down.dot
-        second_half = dot.from_cache(lambda both, w: dot.last_axis(swiglu(*both), w))
+        second_half = dot.from_cache(lambda both, w: dot.last_axis(swiglu(*both), w)[0])
         return second_half(both_BTF, self.down.w[...])

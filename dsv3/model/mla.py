@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from dsv3.config import Model
-from dsv3.model.layers import Linear, RMSNorm, save_as
+from dsv3.model.layers import Linear, RMSNorm, save_as, together
 from dsv3.model.rope import ROTATE, softmax_scale
 from dsv3.numerics.rule import DotRule
 
@@ -48,26 +48,31 @@ class Mla(nnx.Module):
         self.config = mla
 
     def __call__(self, h_BTD: Array, rotation: tuple[Array, Array]) -> Array:
-        q_BTNW = self.queries(h_BTD, rotation)
-        c_BTC, k_rope_BTR = self.latents(h_BTD, rotation)
+        q_BTQ, joint = self.down_projections(h_BTD)
+        q_BTNW = self.queries(q_BTQ, rotation)
+        c_BTC, k_rope_BTR = self.latents(joint, rotation)
         k_BSNW, v_BSNU = self.expand(c_BTC, k_rope_BTR)
         o_BTNU = causal_attention(q_BTNW, k_BSNW, v_BSNU, softmax_scale(self.config))
         o_BTO = save_as("attention", o_BTNU.reshape(*h_BTD.shape[:2], -1))
         return self.o(o_BTO)
 
-    def queries(self, h_BTD: Array, rotation: tuple[Array, Array]) -> Array:
+    def down_projections(self, h_BTD: Array) -> tuple[Array, Array]:
+        """The query latent, or h itself without one, and [c^KV ; k^R], before norms and turns."""
+        if self.q_a is None:
+            return h_BTD, save_as("latent", self.kv_a(h_BTD))
+        q_BTQ, joint = together(h_BTD, self.q_a, self.kv_a)
+        return save_as("latent", q_BTQ), save_as("latent", joint)
+
+    def queries(self, q_BTQ: Array, rotation: tuple[Array, Array]) -> Array:
         """q_BTNW, W = H + R, the rope part turned (Eq. 6-9)."""
-        c_BTQ = h_BTD
-        if self.q_a is not None and self.q_norm is not None:
-            c_BTQ = self.q_norm(save_as("latent", self.q_a(h_BTD)))
-        q_BTNW = self.q_b(c_BTQ).reshape(*h_BTD.shape[:2], self.config.heads, -1)
+        c_BTQ = q_BTQ if self.q_norm is None else self.q_norm(q_BTQ)
+        q_BTNW = self.q_b(c_BTQ).reshape(*q_BTQ.shape[:2], self.config.heads, -1)
         q_nope, q_rope = jnp.split(q_BTNW, [self.config.nope_dim], axis=-1)
         q_rope = ROTATE[self.config.rope_layout](q_rope, *rotation)
         return jnp.concatenate([q_nope, q_rope], axis=-1)
 
-    def latents(self, h_BTD: Array, rotation: tuple[Array, Array]) -> tuple[Array, Array]:
+    def latents(self, joint: Array, rotation: tuple[Array, Array]) -> tuple[Array, Array]:
         """c_BTC after its norm and k_rope_BTR after its turn (Eq. 1, 3): what a cache holds."""
-        joint = save_as("latent", self.kv_a(h_BTD))
         c_BTC, k_rope_BTR = jnp.split(joint, [self.config.kv_latent], axis=-1)
         k_rope_BT1R = ROTATE[self.config.rope_layout](k_rope_BTR[:, :, None, :], *rotation)
         return self.kv_norm(c_BTC), k_rope_BT1R[:, :, 0, :]

@@ -46,8 +46,8 @@ class RoutedExperts(nnx.Module):
         layout = layout_of(experts_XK, self.gate.shape[0], self.block)
         layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
         x_PD = save_as("dispatch", dispatch(self.dot.wire, u_XD, layout))
-        gate_up_EDN = jnp.concatenate([self.gate[...], self.up[...]], axis=-1)
-        both_PN = self.dot.after_dispatch.grouped(x_PD, gate_up_EDN, layout.expert_Z)
+        gate_up = self.gate[...], self.up[...]
+        both_PN = self.dot.after_dispatch.grouped(x_PD, gate_up, layout.expert_Z)
         gate_P = dispatch_gates(gates_XK, layout)
         both_PN = save_as("swiglu_in", both_PN)
         second_half = self.dot.from_cache(functools.partial(_second_half, self.dot.before_combine))
@@ -58,7 +58,7 @@ class RoutedExperts(nnx.Module):
 def _second_half(
     dot: DotRule, both_PN: Array, gate_P: Array, down_EMD: Array, expert_Z: Array
 ) -> Array:
-    return dot.grouped(gated_swiglu(both_PN, gate_P), down_EMD, expert_Z)
+    return dot.grouped(gated_swiglu(both_PN, gate_P), [down_EMD], expert_Z)
 
 
 class MoeFfn(nnx.Module):

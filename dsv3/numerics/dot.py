@@ -1,7 +1,7 @@
 """The BF16 dot rule, and the choice of a rule by configuration. See `rule` for the contract."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from dsv3.config import Bf16Dot, Fp8Dot
 from dsv3.numerics.fp8_dot import Fp8Rule
-from dsv3.numerics.rule import LINEAR, DotRule, Formats, LinearMap, blocks, each_block
+from dsv3.numerics.rule import LINEAR, DotRule, Formats, LinearMap, blocks, each_block, ends_of
 
 
 def build(config: Bf16Dot | Fp8Dot) -> DotRule:
@@ -64,12 +64,13 @@ class PlainDot(LinearMap):
     def from_cache(self, function: Callable[..., Array]) -> Callable[..., Array]:
         return function
 
-    def linear(self, x_XI: Array, w_IO: Array) -> Array:
-        return _linear(x_XI, w_IO)
+    def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(_linear(x_XI, w_IO) for w_IO in ws)
 
-    def grouped(self, x_PI: Array, w_EIO: Array, expert_Z: Array) -> Array:
-        """y_PO in x's dtype: rows of block z times w_EIO[expert_Z[z]]; blocks are P / Z rows."""
-        return _grouped(x_PI, w_EIO, expert_Z)
+    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Array:
+        """y_PO in x's dtype: rows of block z times w_EIO[expert_Z[z]] for each w of `ws`, side by
+        side; blocks are P / Z rows."""
+        return _grouped(x_PI, tuple(ws), expert_Z)
 
 
 def _product(a: Array, b: Array, dims: Any) -> Array:
@@ -108,16 +109,18 @@ def _block_products(x_PI: Array, w_EIO: Array, expert_Z: Array, dims: Any, outpu
 
 
 @jax.custom_vjp
-def _grouped(x_PI, w_EIO, expert_Z):
+def _grouped(x_PI, ws, expert_Z):
+    w_EIO = jnp.concatenate(ws, axis=-1)
     return _block_products(x_PI, w_EIO, expert_Z, LINEAR, w_EIO.shape[2])
 
 
-def _grouped_forward(x_PI, w_EIO, expert_Z):
-    return _grouped(x_PI, w_EIO, expert_Z), (x_PI, w_EIO, expert_Z)
+def _grouped_forward(x_PI, ws, expert_Z):
+    return _grouped(x_PI, ws, expert_Z), (x_PI, ws, expert_Z)
 
 
 def _grouped_backward(residuals, dy_PO):
-    x_PI, w_EIO, expert_Z = residuals
+    x_PI, ws, expert_Z = residuals
+    w_EIO = jnp.concatenate(ws, axis=-1)
     transposed = (((1,), (1,)), ((), ()))
     dx_PI = _block_products(dy_PO, w_EIO, expert_Z, transposed, w_EIO.shape[1])
     x_ZbI, dy_ZbO = blocks(x_PI, expert_Z), blocks(dy_PO, expert_Z)
@@ -127,7 +130,8 @@ def _grouped_backward(residuals, dy_PO):
 
     start_EIO = jnp.zeros(w_EIO.shape, jnp.float32)
     dw_EIO = each_block(w_EIO.shape[0], expert_Z, accumulate, start_EIO)
-    return dx_PI, dw_EIO.astype(w_EIO.dtype), None
+    dws = jnp.split(dw_EIO, ends_of(ws), axis=-1)
+    return dx_PI, tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True)), None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
@@ -135,7 +139,7 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 @functools.partial(jax.jit, static_argnames="block")
 def grouped_loop(x_PI: Array, w_EIO: Array, expert_Z: Array, block: int) -> Array:
-    """The oracle of `grouped`: for each expert, all rows times its weights, the others masked."""
+    """The oracle of `grouped` with one weight: each expert times all rows, others' rows masked."""
     expert_P = jnp.repeat(expert_Z, block)
     y_PO = jnp.zeros((x_PI.shape[0], w_EIO.shape[-1]), x_PI.dtype)
     for expert in range(w_EIO.shape[0]):

@@ -15,19 +15,20 @@ Embedding, head, router, norms and core attention never come here (§3.3.1).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from dsv3.config import Fp8Dot, HopperAccumulator
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize, quantize
 from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted
-from dsv3.numerics.rule import Formats, LinearMap, blocks, each_block
+from dsv3.numerics.rule import Formats, LinearMap, blocks, each_block, ends_of
 
 CACHED = "fp8"  # the name of cached activations for rematerialisation policies
 
@@ -97,11 +98,11 @@ class Fp8Rule(LinearMap):
         """The rule of the experts' last product."""
         return replace(self, gradient_powers=True)
 
-    def linear(self, x_XI: Array, w_IO: Array) -> Array:
-        return _linear(self, x_XI, w_IO)
+    def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+        return _linear(self, x_XI, ws)
 
-    def grouped(self, x_PI: Array, w_EIO: Array, expert_Z: Array) -> Array:
-        return _grouped(self, x_PI, w_EIO, expert_Z)
+    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Array:
+        return _grouped(self, x_PI, tuple(ws), expert_Z)
 
     def from_cache(self, function: Callable[..., Array]) -> Callable[..., Array]:
         """`function(x, ...)` that keeps x in FP8 and is computed again from it going backward."""
@@ -163,20 +164,24 @@ class Fp8Rule(LinearMap):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(rule: Fp8Rule, x_XI: Array, w_IO: Array) -> Array:
-    return _product(rule, rule.activation(x_XI), 1, rule.weight(w_IO), 0).astype(x_XI.dtype)
+def _linear(rule: Fp8Rule, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+    x = rule.activation(x_XI)
+    return tuple(_product(rule, x, 1, rule.weight(w), 0).astype(x_XI.dtype) for w in ws)
 
 
-def _linear_forward(rule, x_XI, w_IO):
-    return _linear(rule, x_XI, w_IO), (rule.keep(x_XI), w_IO)
+def _linear_forward(rule, x_XI, ws):
+    return _linear(rule, x_XI, ws), (rule.keep(x_XI), ws)
 
 
-def _linear_backward(rule, residuals, dy_XO):
-    cached, w_IO = residuals
-    dx_XI = _product(rule, rule.gradient(dy_XO), 1, rule.weight(w_IO), 1)  # Dgrad
-    x_XI = rule.column(rule.read(cached))
-    dw_IO = _product(rule, x_XI, 0, rule.gradient_column(dy_XO), 0)  # Wgrad
-    return dx_XI.astype(dy_XO.dtype), dw_IO.astype(w_IO.dtype)
+def _linear_backward(rule, residuals, dys):
+    cached, ws = residuals
+    x = rule.column(rule.read(cached))
+    dx_XI, dws = 0.0, []
+    for w_IO, dy_XO in zip(ws, dys, strict=True):
+        dx_XI += _product(rule, rule.gradient(dy_XO), 1, rule.weight(w_IO), 1)  # Dgrad
+        dw_IO = _product(rule, x, 0, rule.gradient_column(dy_XO), 0)  # Wgrad
+        dws.append(dw_IO.astype(w_IO.dtype))
+    return jnp.asarray(dx_XI).astype(dys[0].dtype), tuple(dws)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
@@ -191,40 +196,46 @@ def _product(rule: Fp8Rule, a: Quantized, over_a: int, b: Quantized, over_b: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(rule: Fp8Rule, x_PI: Array, w_EIO: Array, expert_Z: Array) -> Array:
+def _grouped(rule: Fp8Rule, x_PI: Array, ws: tuple[Array, ...], expert_Z: Array) -> Array:
     x = rule.in_blocks(rule.activation, x_PI, expert_Z)
-    return _times_experts(rule, x, w_EIO, 0, expert_Z, x_PI.dtype)
+    ys = [_times_experts(rule, x, w_EIO, 0, expert_Z, x_PI.dtype) for w_EIO in ws]
+    return jnp.concatenate(ys, axis=-1)
 
 
-def _grouped_forward(rule, x_PI, w_EIO, expert_Z):
-    return _grouped(rule, x_PI, w_EIO, expert_Z), (rule.keep(x_PI), w_EIO, expert_Z)
+def _grouped_forward(rule, x_PI, ws, expert_Z):
+    return _grouped(rule, x_PI, ws, expert_Z), (rule.keep(x_PI), ws, expert_Z)
 
 
 def _grouped_backward(rule, residuals, dy_PO):
-    cached, w_EIO, expert_Z = residuals
-    dy = rule.in_blocks(rule.gradient, dy_PO, expert_Z)
-    dx_PI = _times_experts(rule, dy, w_EIO, 1, expert_Z, dy_PO.dtype)
-
+    """Each weight's gradients are grouped on their own, so that no group spans two weights."""
+    cached, ws, expert_Z = residuals
     over_tokens = jax.vmap(lambda q: backend_of(rule.config).prepare(q, 0))
-    operands_Z = (
-        over_tokens(rule.in_blocks(rule.column, rule.read(cached), expert_Z)),
-        over_tokens(rule.in_blocks(rule.gradient_column, dy_PO, expert_Z)),
-    )
+    x_Z = over_tokens(rule.in_blocks(rule.column, rule.read(cached), expert_Z))
+    dx_PI, dws = jnp.zeros((dy_PO.shape[0], ws[0].shape[1]), jnp.float32), []
+    for w_EIO, dy in zip(ws, jnp.split(dy_PO, ends_of(ws), axis=-1), strict=True):
+        q_dy = rule.in_blocks(rule.gradient, dy, expert_Z)
+        dx_PI += _times_experts(rule, q_dy, w_EIO, 1, expert_Z, jnp.float32)
+        dy_Z = over_tokens(rule.in_blocks(rule.gradient_column, dy, expert_Z))
+        dws.append(_expert_gradients(rule, x_Z, dy_Z, w_EIO, expert_Z))
+    return dx_PI.astype(dy_PO.dtype), tuple(dws), None
+
+
+def _expert_gradients(rule: Fp8Rule, x_Z, dy_Z, w_EIO: Array, expert_Z: Array) -> Array:
+    """dw_EIO from prepared blocks: the sum of each expert's."""
 
     def accumulate(dw_EIO, z, expert):
-        x, dy = jax.tree.map(lambda leaf: leaf[z], operands_Z)
+        x, dy = jax.tree.map(lambda leaf: leaf[z], (x_Z, dy_Z))
         return dw_EIO.at[expert].add(backend_of(rule.config).multiply(x, dy))
 
     start_EIO = jnp.zeros(w_EIO.shape, jnp.float32)
-    dw_EIO = each_block(w_EIO.shape[0], expert_Z, accumulate, start_EIO)
-    return dx_PI, dw_EIO.astype(w_EIO.dtype), None
+    return each_block(w_EIO.shape[0], expert_Z, accumulate, start_EIO).astype(w_EIO.dtype)
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _times_experts(
-    rule: Fp8Rule, x: Quantized, w_EIO: Array, axis: int, expert_Z: Array, dtype: jnp.dtype
+    rule: Fp8Rule, x: Quantized, w_EIO: Array, axis: int, expert_Z: Array, dtype: DTypeLike
 ) -> Array:
     """[P, N] in `dtype`: each block of x [Z, b, .] times its expert's weight over its `axis`."""
     backend = backend_of(rule.config)

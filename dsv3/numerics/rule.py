@@ -2,9 +2,10 @@
 
 Every linear map of the model is one of two products, and a dot rule is an object that has them:
 
-    last_axis(x, w)              y[..., O] = x[..., I] · w[I, O]
-    dot_general(x, w, dims)      the same, shaped like `lax.dot_general`
-    grouped(x_PI, w_EIO, e_Z)    block z of x's rows times w_EIO[e_Z[z]]  experts, sorted and padded
+    last_axis(x, *ws)            y[..., O] = x[..., I] · w[I, O] for each of several weights
+    dot_general(x, w, dims)      one of them, shaped like `lax.dot_general`
+    grouped(x_PI, ws, e_Z)       block z of x's rows times w[e_Z[z]], for each of several weights
+                                 w_EIO, the outputs side by side: experts, sorted and padded
 
 Contract. `x` is in the compute dtype and so is `y`. `w` is the stored master weight, in any
 precision; casting it is the rule's business. Products accumulate in FP32, the weight gradient
@@ -28,7 +29,8 @@ expert on CPU and CUDA. Gathering a weight for every block materialises [Z, I, O
 one block and one expert at a time, stops at the last block in use, and costs what its products do.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -77,33 +79,34 @@ class DotRule(Protocol):
 
     def from_cache(self, function: Callable[..., Array]) -> Callable[..., Array]: ...
 
-    def last_axis(self, x: Array, w: Array) -> Array: ...
+    def last_axis(self, x: Array, *ws: Array) -> list[Array]: ...
 
     def dot_general(
         self, x: Array, w: Array, dimension_numbers: Any, precision: Any = None,
         preferred_element_type: Any = None, out_sharding: Any = None,
     ) -> Array: ...  # fmt: skip
 
-    def grouped(self, x_PI: Array, w_EIO: Array, expert_Z: Array) -> Array: ...
+    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Array: ...
 
 
 class LinearMap:
-    """The forms of a linear map, for rules that implement `linear(x_XI, w_IO)`."""
+    """The forms of a linear map, for rules that implement `linear(x_XI, ws) -> ys`."""
 
-    def linear(self, x_XI: Array, w_IO: Array) -> Array:
+    def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
         raise NotImplementedError
 
-    def last_axis(self, x: Array, w: Array) -> Array:
-        """y[..., O] = x[..., I] · w[I, O] in x's dtype."""
-        return self.linear(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[1])
+    def last_axis(self, x: Array, *ws: Array) -> list[Array]:
+        """y[..., O] = x[..., I] · w[I, O] in x's dtype, for each of several weights."""
+        ys_XO = self.linear(x.reshape(-1, x.shape[-1]), ws)
+        return [y_XO.reshape(*x.shape[:-1], -1) for y_XO in ys_XO]
 
     def dot_general(
         self, x, w, dimension_numbers, precision=None, preferred_element_type=None,
         out_sharding=None,
     ) -> Array:  # fmt: skip
-        """The same in `lax.dot_general`'s form; ValueError for any other contraction."""
+        """One of them in `lax.dot_general`'s form; ValueError for any other contraction."""
         require_linear(x, w, dimension_numbers, out_sharding)
-        y = self.last_axis(x, w)
+        [y] = self.last_axis(x, w)
         return y if preferred_element_type is None else y.astype(preferred_element_type)
 
 
@@ -126,3 +129,8 @@ def each_block(experts: int, expert_Z: Array, body, start: Array) -> Array:
     """Fold `body(carry, z, expert)` over the blocks in use, which come first; E marks the rest."""
     used = jnp.sum(expert_Z < experts)
     return lax.fori_loop(0, used, lambda z, carry: body(carry, z, expert_Z[z]), start)
+
+
+def ends_of(ws: Sequence[Array]) -> list[int]:
+    """Where the outputs of weights side by side are cut."""
+    return list(itertools.accumulate(w.shape[-1] for w in ws))[:-1]

@@ -49,9 +49,8 @@ def products(config: Model) -> Iterator[Product]:
                 yield Product(name, module.w.shape, module.dot.formats)
             case RoutedExperts():
                 first, second = module.dot.after_dispatch, module.dot.before_combine
-                *experts, width, hidden = module.gate.shape
-                gate_up = (*experts, width, 2 * hidden)
-                yield Product(f"{name}.gate_up", gate_up, first.formats)
+                yield Product(f"{name}.gate", module.gate.shape, first.formats)
+                yield Product(f"{name}.up", module.up.shape, first.formats)
                 yield Product(f"{name}.down", module.down.shape, second.formats)
             case Router():
                 yield Product(name, module.w.shape, ROUTER)

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.activation_memory import kept_bytes, rows
 from dsv3.config import Fp8Dot, Model
 from dsv3.model.block import Block
 from dsv3.model.rope import rotation
 from dsv3.model.transformer import Transformer, remat
 from dsv3.numerics.dot import build
 from dsv3.reporting.formats import products, table
+from dsv3.sweeps import load_config
 from dsv3.training.losses import training_loss
 
 B, T = 2, 8
@@ -44,7 +46,7 @@ def dots(jaxpr):
                 yield from dots(inner)
 
 
-@pytest.mark.parametrize(("routed", "linear_maps"), [(False, 8), (True, 5 + 3 + 2)])
+@pytest.mark.parametrize(("routed", "linear_maps"), [(False, 8), (True, 5 + 3 + 3)])
 def test_every_linear_map_multiplies_fp8_and_nothing_falls_back(small, fill, routed, linear_maps):
     config = fp8_model(small)
     block = fill(lambda key: Block(key, config, build(config.dot), routed=routed))
@@ -70,9 +72,9 @@ def test_the_table_says_what_the_jaxpr_shows(small):
     assert rows["moe.ffn.routed.down"].wgrad == "e4m3 128x1 x e4m3 128x1"
     for high in ("head", "mtp.0.project", "moe.ffn.router", "moe.attention.core", "embedding"):
         assert "e4m3" not in "".join(rows[high]), high
-    assert sum("e4m3" in row.fprop for row in rows.values()) == 8 + 10 + 10 * small.mtp_depths
+    assert sum("e4m3" in row.fprop for row in rows.values()) == 8 + 11 + 11 * small.mtp_depths
     plain = table(small)
-    assert "e4m3" not in plain and "moe.ffn.routed.gate_up" in plain
+    assert "e4m3" not in plain and "moe.ffn.routed.gate" in plain
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,27 @@ def test_the_reports_policy_keeps_fp8_where_bf16_kept_bf16(small, fill):
     assert "float8_e4m3fn" in formats_of_wide(fp8_model(config))
     assert "bfloat16" not in formats_of_wide(fp8_model(config))
     assert "bfloat16" in formats_of_wide(config)
+
+
+def test_the_bytes_kept_at_the_real_size_are_the_predicted_ones():
+    """Under the report's policy a dense block of V3 keeps, for each token: FP8 inputs of q_a and
+    kv_a, q_b, kv_b, gate and up, and SwiGLU; E5M6 in front of o; BF16 residuals and latents."""
+    config, tokens = load_config("configs/deepseek_v3.py").model, 256
+    held = kept_bytes(dataclasses.replace(config, dot=Fp8Dot()), tokens, "report", routed=False)
+    tiles = 7168 + 1536 + 512 + 7168 + 2 * 18432
+    assert held["float8_e4m3fn"] == tiles * tokens
+    assert held["uint8"] == 16384 * 3 // 2 * tokens
+    assert held["bfloat16"] == 2 * (2 * 7168 + 1536 + 576) * tokens
+    scales = (tiles + 16384) // 128 * 4 * tokens
+    assert scales <= held["float32"] <= scales + 4 * 64 * 2 * tokens  # and the table of rotations
+    plain = kept_bytes(config, tokens, "report", routed=False)
+    assert plain["bfloat16"] == 2 * (2 * 7168 + 1536 + 576 + 16384 + 2 * 18432) * tokens
+    lines = list(rows(small_enough(config), 16))
+    assert len(lines) == 2 + 8 and all(line.count("|") == 7 for line in lines)
+
+
+def small_enough(config):
+    return dataclasses.replace(config, width=256, dense_width=512)
 
 
 def test_a_nan_token_reaches_the_loss(small, fill, tokens_BS):

@@ -126,7 +126,7 @@ def test_half_layout_is_the_same_map_with_permuted_rope_columns(small, fill):
 def test_a_cache_holds_latent_and_rope_key(small, fill):
     """What `latents` gives is all that `expand` needs, C + R numbers a token."""
     mla, h_BTD = build(fill, small), random(0, B, T, small.width)
-    c_BTC, k_rope_BTR = mla.latents(h_BTD, rotation(small.mla, jnp.arange(T)))
+    c_BTC, k_rope_BTR = mla.latents(mla.kv_a(h_BTD), rotation(small.mla, jnp.arange(T)))
     assert c_BTC.shape == (B, T, small.mla.kv_latent)
     assert k_rope_BTR.shape == (B, T, small.mla.rope_dim)
     k_BSNW, v_BSNU = mla.expand(c_BTC, k_rope_BTR)

@@ -131,7 +131,7 @@ def forward_and_gradients(x_PI, w_EIO, expert_Z, dy_PO, block):
         y_PO, pullback = jax.vjp(product, x_PI, w_EIO)
         return y_PO, *pullback(dy_PO)
 
-    fast = three(lambda x, w: RULE.grouped(x, w, expert_Z))
+    fast = three(lambda x, w: RULE.grouped(x, [w], expert_Z))
     slow = three(lambda x, w: grouped_loop(x, w, expert_Z, block))
     return fast, slow
 
@@ -141,9 +141,30 @@ def test_grouped_in_bf16_accumulates_weight_gradients_in_fp32():
     expert_Z = jnp.zeros(blocks, jnp.int32)
     x_PI, dy_PO = bf16(random(0, blocks * block, 6)), bf16(random(2, blocks * block, 5))
     w_EIO = jnp.asarray(random(1, 2, 6, 5))
-    y_PO, pullback = jax.vjp(lambda x, w: RULE.grouped(x, w, expert_Z), x_PI, w_EIO)
+    y_PO, pullback = jax.vjp(lambda x, w: RULE.grouped(x, [w], expert_Z), x_PI, w_EIO)
     dx_PI, dw_EIO = pullback(dy_PO)
     assert (y_PO.dtype, dx_PI.dtype) == (jnp.bfloat16, jnp.bfloat16)
     assert dw_EIO.dtype == jnp.float32
     exact = np.asarray(x_PI, float).T @ np.asarray(dy_PO, float)
     np.testing.assert_allclose(dw_EIO[0], exact, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_side_by_side_share_their_input():
+    expert_Z = jnp.array([0, 2, 3, EXPERTS], jnp.int32)
+    shapes = (8, 6), (EXPERTS, 6, 5), (EXPERTS, 6, 3)
+    x, a, b = (jnp.asarray(random(i, *shape)) for i, shape in enumerate(shapes))
+
+    def together(x, a, b):
+        return RULE.grouped(x, [a, b], expert_Z)
+
+    def apart(x, a, b):
+        return jnp.concatenate([RULE.grouped(x, [w], expert_Z) for w in (a, b)], axis=-1)
+
+    dy = jnp.asarray(random(3, 8, 8))
+    for got, wanted in zip(
+        jax.tree.leaves(jax.vjp(together, x, a, b)[1](dy)),
+        jax.tree.leaves(jax.vjp(apart, x, a, b)[1](dy)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(together(x, a, b), apart(x, a, b), rtol=1e-5, atol=1e-5)

@@ -84,8 +84,12 @@ def test_hopper_with_promotion_is_close_and_without_is_not():
 # --- the dense rule ----------------------------------------------------------------------------
 
 
+def linear(rule):
+    return lambda x, w: rule.last_axis(x, w)[0]
+
+
 def gradients(rule, x, w, dy):
-    y, vjp = jax.vjp(rule.linear, x, w)
+    y, vjp = jax.vjp(linear(rule), x, w)
     return y, *vjp(dy)
 
 
@@ -116,12 +120,26 @@ def kept_by(function, *args):
 
 def test_the_cached_activation_costs_a_byte_an_element():
     x, w = random(0, 256, 512, dtype=jnp.bfloat16), random(1, 512, 128)
-    kept = kept_by(RULE.linear, x, w)
+    kept = kept_by(linear(RULE), x, w)
     assert sorted((leaf.dtype.name, leaf.shape) for leaf in kept) == [
         ("float32", (256, 4)), ("float8_e4m3fn", (256, 512)),
     ]  # fmt: skip
-    kept = kept_by(RULE.after_attention.linear, x, w)
+    kept = kept_by(linear(RULE.after_attention), x, w)
     assert sum(leaf.nbytes for leaf in kept) == 256 * (512 * 3 // 2 + 4 * 4)
+
+
+def test_products_of_one_input_keep_it_once():
+    x, a, b = random(0, 64, 256), random(1, 256, 40), random(2, 256, 24)
+    kept = kept_by(RULE.last_axis, x, a, b)
+    assert sorted(leaf.dtype.name for leaf in kept) == ["float32", "float8_e4m3fn"]
+    dys = [random(3, 64, 40), random(4, 64, 24)]
+    dx, da, db = jax.vjp(RULE.last_axis, x, a, b)[1](dys)
+    (_, dx_a, da_alone), (_, dx_b, db_alone) = (
+        gradients(RULE, x, w, dy) for w, dy in zip((a, b), dys, strict=True)
+    )
+    np.testing.assert_allclose(dx, dx_a + dx_b, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(da, da_alone)
+    np.testing.assert_array_equal(db, db_alone)
 
 
 def test_scales_after_attention_and_on_the_wire_are_powers_of_two():
@@ -181,7 +199,7 @@ def test_grouped_is_dense_expert_by_expert(config):
     dy = dy.at[-BLOCK_ROWS:].set(0)  # nothing comes back for the unused block
 
     def run(x, w):
-        return rule.grouped(x, w, EXPERT_Z)
+        return rule.grouped(x, [w], EXPERT_Z)
 
     y, (dx, dw) = jax.jit(lambda x, w, dy: (run(x, w), jax.vjp(run, x, w)[1](dy)))(x, w, dy)
     if config.groups == "tensor":  # one scale for all blocks: close to, not equal to, each alone
@@ -202,15 +220,30 @@ def test_grouped_is_dense_expert_by_expert(config):
 def test_blocks_shorter_than_a_group():
     x, w, dy = grouped_operands()
     x, dy = x[: 32 * 4], dy[: 32 * 4]
-    y, vjp = jax.vjp(lambda x, w: RULE.grouped(x, w, EXPERT_Z), x, w)
+    y, vjp = jax.vjp(lambda x, w: RULE.grouped(x, [w], EXPERT_Z), x, w)
     dx, dw = vjp(dy.at[96:].set(0))
     assert unlikeness(y[:32], x[:32] @ w[0]) < 1e-3 > unlikeness(dx[:32], dy[:32] @ w[0].T)
     assert unlikeness(dw[0], x[:32].T @ dy[:32]) < 2e-3
 
 
+def test_no_group_spans_two_weights():
+    """Gate and up share the quantised input and nothing else, whatever their width."""
+    x, w, dy = grouped_operands()
+    other = 100 * random(5, EXPERTS, INPUTS, 72)
+
+    def together(x, w, other):
+        return RULE.grouped(x, [w, other], EXPERT_Z)
+
+    y, vjp = jax.vjp(together, x, w, other)
+    alone, vjp_alone = jax.vjp(lambda x, w: RULE.grouped(x, [w], EXPERT_Z), x, w)
+    np.testing.assert_array_equal(y[:, :OUTPUTS], alone)
+    dy_both = jnp.concatenate([dy, 1e3 * random(6, len(dy), 72)], axis=1)
+    np.testing.assert_allclose(vjp(dy_both)[1], vjp_alone(dy)[1], rtol=1e-6)
+
+
 def test_grouped_keeps_fp8():
     x, w, _ = grouped_operands(jnp.bfloat16)
-    kept = kept_by(lambda x, w: RULE.grouped(x, w, EXPERT_Z), x, w)
+    kept = kept_by(lambda x, w: RULE.grouped(x, [w], EXPERT_Z), x, w)
     assert sum(leaf.nbytes for leaf in kept if leaf.ndim > 1) == x.size + 4 * x.shape[0] * 2
 
 
