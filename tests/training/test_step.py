@@ -172,3 +172,20 @@ def test_the_abstract_state_is_the_real_one():
     chex.assert_trees_all_equal_shapes_and_dtypes(real, abstract)
     for r, a in zip(jax.tree.leaves(real.ema), jax.tree.leaves(abstract.ema), strict=True):
         assert r.sharding == a.sharding
+
+
+def test_fp8_learns_and_its_guard_refuses_a_poisoned_step():
+    config = with_model(dot="fp8", mtp_depths=0, layers=2)
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, compute_dtype="bfloat16")
+    )
+    state, first = one_step(config)
+    for _ in range(12):
+        state, last = one_step(config, state=state)
+    assert last["loss_main"] < 0.9 * first["loss_main"] and int(state.skipped) == 0
+    poisoned = jax.tree.map(lambda x: x, state.params)
+    poisoned["embedding"]["table"].set_value(
+        poisoned["embedding"]["table"].get_value().at[:, 0].set(jnp.inf)
+    )
+    refused, metrics = one_step(config, state=dataclasses.replace(state, params=poisoned))
+    assert int(metrics["skipped"]) == 1 and int(refused.step) == 13
