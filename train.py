@@ -29,8 +29,7 @@ from dsv3.errors import exits_cleanly
 from dsv3.evaluation.closing import closing_report
 from dsv3.files import exclusive, write_atomically
 from dsv3.host import keep_freed_memory
-from dsv3.numerics.dot import placed
-from dsv3.parallel.mesh import platform
+from dsv3.parallel.mesh import on_this_platform, platform
 from dsv3.reporting.metrics import Recorder
 from dsv3.reporting.plots import compare_runs, plot_run
 from dsv3.reporting.progress import TrainingProgress
@@ -48,9 +47,8 @@ def train(
     """Train in `workdir`, resuming what is there, to optimizer step `steps` or to the end."""
     workdir, stop = Path(workdir), stop or StopRequest()
     workdir.mkdir(parents=True, exist_ok=True)
-    on_platform = {"model.dot": placed(config.model.dot, platform())}
     with exclusive(workdir):
-        return _train(apply(config, on_platform), workdir, steps, stop)
+        return _train(config, workdir, steps, stop)
 
 
 def _train(
@@ -66,7 +64,7 @@ def _train(
         store = Store(workdir / "checkpoints", config.checkpoint.keep, shown.say)
         loader = Loader(prepared, config)
         state, sequences_read = start_or_resume(config, store, loader, shown.say)
-        describe_run(config, prepared, workdir, shown.say)
+        describe_run(config, prepared, shown.say)
 
         def save(state: train_state.TrainState) -> None:
             position = {"loader": loader.state(), "sequences_read": run.sequences_read}
@@ -78,14 +76,18 @@ def _train(
             workdir, config.reporting, config.training.sequence_length, step=int(state.step),
             sequences=int(state.sequences), skipped=int(state.skipped),
         )  # fmt: skip
-        step = make_step(config)
+        step = make_step(on_this_platform(config))
         run = Run(config, step, loader, recorder, save, shown.update, stop, sequences_read)
+        if run.ended(int(state.step), int(state.sequences), steps):
+            shown.say(f"nothing left to train: step {int(state.step)}")
+        else:
+            write_inputs(config, prepared, workdir)
         with stop.listening():
             state = run.until(state, steps)
         if stop.name:
             shown.say(f"{stop.name}: saved step {int(state.step)}; the same command goes on")
-        elif int(state.step) == total:
-            finish(config, workdir, prepared, state, shown.say)
+        else:
+            finish(on_this_platform(config), workdir, prepared, state, shown.say)
     return state
 
 
@@ -105,13 +107,17 @@ def start_or_resume(
     return restored.state, restored.extra["sequences_read"]
 
 
-def describe_run(config: Config, prepared: Prepared, workdir: Path, say: Callable[[str], None]):
-    """Write what reproduces the run, and say what will be trained."""
+def write_inputs(config: Config, prepared: Prepared, workdir: Path) -> None:
+    """What reproduces the run, and what its model needs to read and write text."""
     write_atomically(workdir / "config.gin", operative(config))
     if prepared.tokenizer is not None:
         prepared.tokenizer.save(workdir / "tokenizer.json")
+
+
+def describe_run(config: Config, prepared: Prepared, say: Callable[[str], None]) -> None:
+    """Say what will be trained, and on what."""
     total, active = counts.parameters(config.model).total, counts.activated(config.model).total
-    dot = config.model.dot
+    dot = on_this_platform(config).model.dot
     backend = f"(backend {dot.backend!r}) " if isinstance(dot, Fp8Dot) else ""
     say(f"data: {prepared.describe()}")
     say(
@@ -131,6 +137,7 @@ def finish(
     for line in lines:
         say(line)
     if figures:
+        figures = {"step": int(state.step), **figures}
         write_atomically(workdir / "results.json", json.dumps(figures) + "\n")
     if config.reporting.plots:
         say(f"plots: {', '.join(str(path) for path in plot_run(workdir))}")
@@ -167,6 +174,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--index", type=int, help="only this run of the sweep, from 0")
     parser.add_argument("--steps", type=int, help="end after this optimizer step")
     options = parser.parse_args(arguments)
+    if not options.workdir:
+        parser.error("--workdir is empty")
     if options.index is not None and options.sweep is None:
         parser.error("--index wants --sweep")
     if options.steps is not None and options.steps < 1:

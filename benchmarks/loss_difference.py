@@ -1,7 +1,7 @@
 """Losses of runs that differ in precision only, compared as in Fig. 10 of the report.
 
     python train.py configs/tiny.py --workdir runs/precision --sweep precision \\
-        --set training.compute_dtype=bfloat16 --set training.tokens=6e5 --set reporting.every=1
+        --set training.tokens=6e5 --set reporting.every=1
     python -m benchmarks.loss_difference runs/precision/BF16_RUN runs/precision/FP8_RUN [...]
 
 Takes pairs of workdirs. The main loss of each is smoothed by an exponential average with

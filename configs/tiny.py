@@ -48,7 +48,9 @@ sweeps = {
     "mtp": lambda: product(param("model.mtp_depths", [0, 1]), param("training.seed", [0, 1, 2])),
     # Fig. 10 in small: BF16 against FP8, the same data and initialisation for each seed.
     "precision": lambda: product(
-        param("training.seed", [0, 1, 2]), param("model.dot", ["bf16", "fp8"])
+        param("training.compute_dtype", ["bfloat16"]),
+        param("training.seed", [0, 1, 2]),
+        param("model.dot", ["bf16", "fp8"]),
     ),
     "learning_rate": lambda: param("training.learning_rate", [2e-3, 4e-3, 8e-3]),
 }

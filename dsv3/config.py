@@ -160,7 +160,12 @@ class HopperAccumulator(Section):
 @dataclass(frozen=True)
 class Fp8Dot(Section):
     """Linear maps multiply in FP8 with fine-grained scaling (§3.3). The defaults are the report's;
-    the alternatives are its comparisons."""
+    the alternatives are its comparisons.
+
+    One scale for a tensor is one for the whole batch: a position then depends, faintly, on later
+    positions and on other sequences. That is what per-tensor scaling is, and fit for comparing
+    training losses only. Groups along tokens are as long as `moe.block` where that is below 128.
+    """
 
     path: ClassVar[str] = "model.dot"
     tag: ClassVar[str] = "fp8"
@@ -204,7 +209,11 @@ class Model(Section):
 
     def validate(self):
         self.require_positive("vocab", "width", "layers", "dense_width", "norm_eps", "init_std")
+        self.require(self.init_std <= 100, "init_std", "exceeds 100")
         self.require_range("dense_layers", 0, self.layers)
+        pairs = self.mla.heads * self.mla.value_dim % 2 == 0
+        self.require(pairs or not isinstance(self.dot, Fp8Dot), "dot", "keeps the input of W^O in "
+                     "pairs of E5M6 numbers: model.mla.heads · value_dim must be even")  # fmt: skip
         self.require(self.mtp_depths >= 0, "mtp_depths", "must not be negative")
 
     @property
@@ -302,7 +311,9 @@ class Training(Section):
     def validate(self):
         self.require_positive("tokens", "sequence_length", "batch_increment", "learning_rate",
                               "clip_norm", "max_bad_steps")  # fmt: skip
-        self.require(self.sequence_length > 1, "sequence_length", "must exceed 1")
+        self.require_range("sequence_length", 2, 2**24)
+        self.require_range("tokens", 1, 1e16)
+        self.require_range("learning_rate", 0, 1e30)
         self.require(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
         self.require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay",
                      "must lie strictly between 0 and 1, or be None")  # fmt: skip
@@ -317,7 +328,7 @@ class Training(Section):
         self.require(bool(ends) and ends[-1] >= 1, name, "must reach until = 1, the run's end")
         self.require(ends == sorted(set(ends)) and ends[0] > 0, name,
                      "wants each until greater than the one before")  # fmt: skip
-        self.require(all(phase.value >= 0 for phase in schedule), name,
+        self.require(all(0 <= phase.value <= 2**24 for phase in schedule), name,
                      "must not hold negative values")  # fmt: skip
 
     def _validate_batch(self) -> None:

@@ -7,9 +7,9 @@ stderr and exits with code 2. Any other exception is a bug of ours and keeps its
 """
 
 import difflib
-import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -42,7 +42,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap an entry point: `UserError` and a full or read-only disk print one line and exit 2."""
+    """Wrap an entry point: a `UserError`, and what the system refuses, print a line and exit 2."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -55,9 +55,12 @@ def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            if error.errno is None:  # raised by a library, not by the system
                 raise
             message = f"{error.strerror}: {error.filename or 'while writing'}"
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
         else:
             return
         print(f"error: {message}", file=sys.stderr)

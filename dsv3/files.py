@@ -5,6 +5,7 @@ content or the new, never a part. Without the two fsyncs a power cut may still l
 the rename can reach the disk before the data does.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from dsv3.errors import UserError
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
     """Make `path` hold exactly `content` (text as UTF-8), or leave it as it was.
 
-    The directory must exist. Raises the OSError of a full, read-only or missing disk, with `path`
-    as its filename; nothing is left behind then.
+    The directory must exist, and `path` be absent or a regular file. Raises the OSError of a full,
+    read-only or missing disk, with `path` as its filename; nothing is left behind then.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

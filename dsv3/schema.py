@@ -90,6 +90,8 @@ def conform(value: Any, annotation: Any, path: str) -> Any:
         value = _conform_float(value, path)
     if annotation is type(None):
         annotation = types.NoneType
+    if annotation is str and isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{path} = {value!r} holds a NUL character")
     exact = annotation in (int, float, bool, str, types.NoneType)
     matches = type(value) is annotation if exact else isinstance(value, annotation)
     if not matches:

@@ -2,10 +2,12 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from dsv3.files import fsync_tree, write_atomically
+from dsv3.errors import UserError
+from dsv3.files import exclusive, fsync_tree, write_atomically
 
 
 @pytest.mark.parametrize("content", ["", "Größe\n", b"\x00\xff"])
@@ -36,3 +38,21 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, fai
 def test_a_missing_directory_is_an_oserror_with_the_path(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         write_atomically(tmp_path / "nowhere" / "a.txt", "x")
+
+
+def test_only_regular_files_are_replaced_and_links_are_followed(tmp_path):
+    with pytest.raises(OSError, match="regular"):
+        write_atomically("/dev/null", "x")
+    assert not Path("/dev/null").is_file()
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to(real)
+    write_atomically(link, "new")
+    assert link.is_symlink() and real.read_text() == "new"
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+    with exclusive(tmp_path), pytest.raises(UserError, match="another run"), exclusive(tmp_path):
+        pass
+    with exclusive(tmp_path):
+        pass

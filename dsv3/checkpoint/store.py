@@ -294,7 +294,10 @@ def _disk_failure(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     found = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(found[1])) if found else ""
+    if found:
+        return os.strerror(int(found[1]))
+    first = str(error).splitlines()[0] if str(error) else ""
+    return first[:200] if first.startswith("Save failed") else ""  # files vanished underneath
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from dsv3.config import Config
 from dsv3.data import tokenizer
 from dsv3.errors import CheckpointError, DataError, nearest
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import on_this_platform
 from dsv3.training import state
 
 
@@ -52,7 +53,7 @@ def from_workdir(
     folder = _folder(workdir, "workdir")
     if not (folder / "config.gin").exists():
         raise CheckpointError(f"{folder} is no run: it has no config.gin")
-    config = apply(Config(), read_bindings(folder / "config.gin"))
+    config = on_this_platform(apply(Config(), read_bindings(folder / "config.gin")))
     store = Store(folder / "checkpoints", config.checkpoint.keep, warn)
     restored = store.restore(state.abstract(config))
     if restored is None:

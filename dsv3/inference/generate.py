@@ -91,7 +91,7 @@ def generate(
         raise PromptError(
             f"a prompt of {longest} tokens leaves no room in the context of {context} tokens"
         )
-    limit_B = np.minimum(length_B + max_tokens, context)
+    limit_B = np.minimum(length_B + min(max_tokens, context), context)
     buffer_BS = np.zeros((len(prompts), _size(limit_B.max())), np.int32)
     for row, prompt in zip(buffer_BS, prompts, strict=True):
         row[: len(prompt)] = prompt

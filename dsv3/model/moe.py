@@ -52,7 +52,7 @@ class RoutedExperts(nnx.Module):
         both_PN = save_as("swiglu_in", both_PN)
         second_half = self.dot.from_cache(functools.partial(_second_half, self.dot.before_combine))
         y_PD = second_half(both_PN, gate_P, self.down[...], layout.expert_Z)
-        return combine(self.dot.wire, y_PD, layout)
+        return combine(self.dot.gradient_wire, y_PD, layout)
 
 
 def _second_half(

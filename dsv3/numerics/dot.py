@@ -11,7 +11,16 @@ from jax import Array, lax
 
 from dsv3.config import Bf16Dot, Fp8Dot
 from dsv3.numerics.fp8_dot import Fp8Rule
-from dsv3.numerics.rule import LINEAR, DotRule, Formats, LinearMap, blocks, each_block, ends_of
+from dsv3.numerics.rule import (
+    LINEAR,
+    DotRule,
+    Formats,
+    LinearMap,
+    PlainWire,
+    blocks,
+    each_block,
+    ends_of,
+)
 
 
 def build(config: Bf16Dot | Fp8Dot) -> DotRule:
@@ -33,27 +42,21 @@ def placed[D: Bf16Dot | Fp8Dot](config: D, platform: str) -> D:
 
 
 @dataclass(frozen=True)
-class PlainWire:
-    """Activations travel as they are."""
-
-    def pack(self, x_XD: Array) -> Array:
-        return x_XD
-
-    def unpack(self, packed: Array, dtype: Any) -> Array:
-        return packed
-
-
-@dataclass(frozen=True)
 class PlainDot(LinearMap):
     """Products in the compute dtype (BF16, or FP32 when x is), accumulated in FP32."""
 
     kept: tuple[str, ...] = ("attention", "dispatch", "swiglu_in")
-    wire: PlainWire = PlainWire()
 
     @property
     def formats(self) -> Formats:
         plain = "compute x compute"
         return Formats(plain, plain, plain, "compute")
+
+    @property
+    def wire(self) -> PlainWire:
+        return PlainWire()
+
+    gradient_wire = wire
 
     @property
     def after_attention(self) -> "PlainDot":

@@ -78,7 +78,7 @@ def _power_of_two_above(x: Array) -> Array:
 def _cut(x: Array, group: Group) -> Array:
     """[..., R, C] as [..., r, rows, c, columns], padded with zeros to whole groups."""
     *_, r, c = x.shape
-    rows, columns = group[0] or max(r, 1), group[1] or max(c, 1)
+    rows, columns = (min(g or n, n) or 1 for g, n in zip(group, (r, c), strict=True))
     pad = [(0, 0)] * (x.ndim - 2) + [(0, -r % rows), (0, -c % columns)]
     padded = jnp.pad(x, pad) if any(after for _, after in pad) else x
     return padded.reshape(*x.shape[:-2], -(-r // rows), rows, -(-c // columns), columns)

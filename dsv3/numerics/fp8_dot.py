@@ -8,8 +8,8 @@
 (§3.3.1 Fig. 6, §3.3.2, §3.5.2; spec §2.2.) What the backward pass keeps of x is its FP8 form: one
 byte an element and the scales. Wgrad reads that, dequantises it and groups it anew along tokens.
 The input of the projection after attention is kept in E5M6 with power-of-two scales instead
-(§3.3.3): attention's own backward pass reads it too. Weights are quantised from their masters in
-both passes, rather than kept twice.
+(§3.3.3; with flash attention its backward pass reads it too, ours does not). Weights are quantised
+from their masters in both passes, rather than kept twice.
 
 Embedding, head, router, norms and core attention never come here (§3.3.1).
 """
@@ -28,7 +28,7 @@ from dsv3.config import Fp8Dot, HopperAccumulator
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize, quantize
 from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted
-from dsv3.numerics.rule import Formats, LinearMap, blocks, each_block, ends_of
+from dsv3.numerics.rule import Formats, LinearMap, PlainWire, blocks, each_block, ends_of
 
 CACHED = "fp8"  # the name of cached activations for rematerialisation policies
 
@@ -43,14 +43,16 @@ def backend_of(config: Fp8Dot) -> Backend:
 
 @dataclass(frozen=True)
 class Wire:
-    """How activations travel to experts: FP8 tiles with power-of-two scales (§3.3.3).
+    """How rows travel to experts: FP8 tiles with power-of-two scales (§3.3.3).
 
     Quantising again with such scales what was unpacked changes nothing, so the product on arrival
-    multiplies exactly the bytes that were sent.
+    multiplies exactly the numbers that were sent.
     """
 
+    form: fp8.FormatName = "e4m3"
+
     def pack(self, x_XD: Array) -> Quantized:
-        return quantize(x_XD, fp8.TILE, power_of_two=True)
+        return quantize(x_XD, fp8.TILE, self.form, power_of_two=True)
 
     def unpack(self, packed: Quantized, dtype: jnp.dtype) -> Array:
         return dequantize(packed, dtype)
@@ -80,8 +82,14 @@ class Fp8Rule(LinearMap):
         )
 
     @property
-    def wire(self) -> Wire:
-        return Wire()
+    def wire(self) -> Wire | PlainWire:
+        """Rows whose product groups them otherwise travel unquantised: rounded once, not twice."""
+        return Wire() if self.config.groups == "fine" else PlainWire()
+
+    @property
+    def gradient_wire(self) -> Wire | PlainWire:
+        tiles = self.config.groups == "fine" and self.config.gradient_groups == "tile"
+        return Wire(self.config.gradient_format) if tiles else PlainWire()
 
     @property
     def after_attention(self) -> "Fp8Rule":

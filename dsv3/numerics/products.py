@@ -34,7 +34,7 @@ class Backend(Protocol):
 
 
 class Blocks(NamedTuple):
-    """A matrix cut along its contraction into k blocks of 128, the last one padded with zeros."""
+    """A matrix cut along its contraction into k blocks of 128, or one, the last padded."""
 
     values_kMc: Array
     scales_kM: Array
@@ -46,10 +46,11 @@ class Promoted:
 
     def prepare(self, q: Quantized, axis: int) -> Blocks:
         values_KM = jnp.moveaxis(q.values, axis, 0)
-        padding = -values_KM.shape[0] % GROUP
+        size = min(GROUP, values_KM.shape[0])
+        padding = -values_KM.shape[0] % size
         if padding:
             values_KM = jnp.pad(values_KM, ((0, padding), (0, 0)))
-        values_kMc = values_KM.reshape(-1, GROUP, values_KM.shape[1]).swapaxes(1, 2)
+        values_kMc = values_KM.reshape(-1, size, values_KM.shape[1]).swapaxes(1, 2)
         scales_kM = spread_to(jnp.moveaxis(q.scales, axis, 0), 1, values_KM.shape[1])
         return Blocks(values_kMc, jnp.broadcast_to(scales_kM, values_kMc.shape[:2]))
 

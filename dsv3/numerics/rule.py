@@ -17,8 +17,8 @@ What a rule says besides, all of it trivial for BF16:
 
     formats              in words, what each of the three products multiplies, and what is cached
     kept                 names of the activations that the report's rematerialisation policy keeps
-    wire                 how activations are packed on their way to experts
-    after_attention      the rule of the projection whose input attention's backward pass reads too
+    wire, gradient_wire  how activations and their gradients are packed on their way to experts
+    after_attention      the rule of the projection behind attention
     after_dispatch       the rule of the experts' first product: its input comes off the wire
     before_combine       the rule of their last: its gradient comes off the wire
     from_cache(f)        f(x, ...), with x (one array or several) cached in the rule's format, from
@@ -31,6 +31,7 @@ one block and one expert at a time, stops at the last block in use, and costs wh
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -45,6 +46,17 @@ class Wire(Protocol):
     def pack(self, x_XD: Array) -> Any: ...
 
     def unpack(self, packed: Any, dtype: Any) -> Array: ...
+
+
+@dataclass(frozen=True)
+class PlainWire:
+    """Rows travel as they are."""
+
+    def pack(self, x_XD: Array) -> Array:
+        return x_XD
+
+    def unpack(self, packed: Array, dtype: Any) -> Array:
+        return packed
 
 
 class Formats(NamedTuple):
@@ -67,6 +79,9 @@ class DotRule(Protocol):
 
     @property
     def wire(self) -> Wire: ...
+
+    @property
+    def gradient_wire(self) -> Wire: ...
 
     @property
     def after_attention(self) -> "DotRule": ...

@@ -11,7 +11,8 @@ ever dropped: P is a bound that holds for every routing, P = A rounded so that E
 Both are linear and each is the other's transpose, so the backward pass of one is the other, and
 neither direction needs a scatter-add: both are gathers. Gates are applied inside the expert, on its
 hidden activations, which leaves `combine` a plain sum. What goes to experts is packed by the dot
-rule's `wire`, tokens forward and gradients backward; sums come back in the compute dtype (§3.3.3).
+rule's wires, tokens forward and gradients backward; sums come back in the compute dtype (§3.3.3).
+Packing may round: gradients pass straight through that.
 """
 
 import functools
@@ -68,7 +69,7 @@ def _rows(values_A: Array, assignment_P: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch(wire: Wire, x_XD: Array, layout: Layout) -> Array:
-    """x_PD: the token of every row; zeros where padded."""
+    """x_PD: the token of every row, as `wire` brings it; zeros where padded."""
     token_P = layout.assignment_P // layout.row_XK.shape[1]
     packed_P = jax.tree.map(lambda leaf_X: _rows(leaf_X, token_P), wire.pack(x_XD))
     return wire.unpack(packed_P, x_XD.dtype)
@@ -76,16 +77,20 @@ def dispatch(wire: Wire, x_XD: Array, layout: Layout) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine(wire: Wire, y_PD: Array, layout: Layout) -> Array:
-    """y_XD: the sum of each token's rows."""
+    """y_XD: the sum of each token's rows; its gradient travels by `wire`."""
+    return _sum(y_PD, layout)
+
+
+def _sum(y_PD: Array, layout: Layout) -> Array:
     return jnp.sum(y_PD[layout.row_XK], axis=1)
 
 
 dispatch.defvjp(
     lambda wire, x_XD, layout: (dispatch(wire, x_XD, layout), layout),
-    lambda wire, layout, dx_PD: (combine(wire, dx_PD, layout), None),
+    lambda wire, layout, dx_PD: (_sum(dx_PD, layout), None),
 )
 combine.defvjp(
-    lambda wire, y_PD, layout: (combine(wire, y_PD, layout), layout),
+    lambda wire, y_PD, layout: (_sum(y_PD, layout), layout),
     lambda wire, layout, dy_XD: (dispatch(wire, dy_XD, layout), None),
 )
 

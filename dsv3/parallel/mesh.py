@@ -4,7 +4,21 @@ For now a run uses the default device of its process. What is rarely read and la
 the parameters, lives in that device's host memory (§3.2.3).
 """
 
+from dataclasses import replace
+
 import jax
+
+from dsv3.config import Config
+from dsv3.numerics.dot import placed
+
+
+def on_this_platform(config: Config) -> Config:
+    """`config` with the choices made that it leaves to the platform: the backend of its dot rule.
+
+    Runs are written down with the choice left open, so that they go on elsewhere as well.
+    """
+    dot = placed(config.model.dot, platform())
+    return replace(config, model=replace(config.model, dot=dot))
 
 
 def host_sharding() -> jax.sharding.Sharding:

@@ -4,7 +4,8 @@
 
 Walks the model itself, built as shapes only, and asks the dot rule in each of its parts: what is
 printed is what runs. Products without a dot rule stay high by construction (§3.3.1): the router is
-FP32, core attention multiplies in the compute dtype with an FP32 softmax.
+FP32, core attention multiplies in the compute dtype with an FP32 softmax. Groups along tokens,
+128x1, are as long as `model.moe.block` in experts whose blocks are shorter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,8 @@ from dsv3.model.mla import Mla
 from dsv3.model.moe import RoutedExperts
 from dsv3.model.router import Router
 from dsv3.model.transformer import Transformer
-from dsv3.numerics.rule import Formats
+from dsv3.numerics.fp8_dot import Fp8Rule
+from dsv3.numerics.rule import DotRule, Formats
 from dsv3.sweeps import load_config
 
 PLAIN, FP32 = "compute x compute", "float32 x float32"
@@ -46,12 +48,13 @@ def products(config: Model) -> Iterator[Product]:
         name = ".".join(map(str, path))
         match module:
             case Linear():
-                yield Product(name, module.w.shape, module.dot.formats)
+                second_half = path[-1] == "down"
+                yield Product(name, module.w.shape, formats(module.dot, second_half))
             case RoutedExperts():
                 first, second = module.dot.after_dispatch, module.dot.before_combine
                 yield Product(f"{name}.gate", module.gate.shape, first.formats)
                 yield Product(f"{name}.up", module.up.shape, first.formats)
-                yield Product(f"{name}.down", module.down.shape, second.formats)
+                yield Product(f"{name}.down", module.down.shape, formats(second, True))
             case Router():
                 yield Product(name, module.w.shape, ROUTER)
             case Mla():
@@ -60,11 +63,19 @@ def products(config: Model) -> Iterator[Product]:
                 yield Product(name, module.table.shape, LOOKUP)
 
 
+def formats(rule: DotRule, second_half: bool = False) -> Formats:
+    """A rule's formats; behind SwiGLU it is SwiGLU's inputs that an FP8 rule caches."""
+    found = rule.formats
+    if second_half and isinstance(rule, Fp8Rule):
+        found = found._replace(cache=f"{found.cache}, SwiGLU's inputs")
+    return found
+
+
 def table(config: Model) -> str:
     """One line for each product."""
     rows = [("product", "weight", *(field.capitalize() for field in Formats._fields))]
-    for name, shape, formats in products(config):
-        rows.append((name, "x".join(map(str, shape)), *formats))
+    for name, shape, found in products(config):
+        rows.append((name, "x".join(map(str, shape)), *found))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)

@@ -88,13 +88,13 @@ class Run:
         every = self.config.checkpoint.every
         step, sequences = _position(state)
         saved = step
-        while not (self.stop.name or self._ended(step, sequences, last_step)):
+        while not (self.stop.name or self.ended(step, sequences, last_step)):
             batch = self.loader.next_batch(batch_size(self.config.training, self.sequences_read))
             self.sequences_read += len(batch.tokens)
             state, metrics = self.step(state, batch.tokens)
             self._see(self.recorder.record(metrics))
             step, sequences = step + 1, sequences + len(batch.tokens)  # unless it was refused:
-            if step - saved >= every or self._ended(step, sequences, last_step):
+            if step - saved >= every or self.ended(step, sequences, last_step):
                 self._see(self.recorder.flush())
                 step, sequences = _position(state)
             if step - saved >= every:
@@ -105,7 +105,8 @@ class Run:
             self.save(state)
         return state
 
-    def _ended(self, step: int, sequences: int, last_step: int | None) -> bool:
+    def ended(self, step: int, sequences: int, last_step: int | None) -> bool:
+        """Whether `last_step` or the end of `training.tokens` is reached there."""
         training = self.config.training
         all_tokens = sequences * training.sequence_length >= training.tokens
         return all_tokens or (last_step is not None and step >= last_step)

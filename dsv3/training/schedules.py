@@ -14,6 +14,8 @@ from jax import Array
 
 from dsv3.config import Schedule, Training
 
+COUNTED = 100_000
+
 
 def value_at(schedule: Schedule, fraction: Array | float, xp=jnp) -> Array:
     """The schedule's value once `fraction` of all tokens is consumed, a float32 scalar.
@@ -58,13 +60,14 @@ def batch_size(training: Training, sequences_consumed: int) -> int:
 
 
 def steps_to_end(training: Training) -> int:
-    """Optimizer steps that consume `training.tokens`, if none is refused."""
+    """Optimizer steps that consume `training.tokens`, if none is refused; an estimate where a
+    batch ramp alone takes more than `COUNTED` of them."""
     total = math.ceil(training.tokens / training.sequence_length)
     ramp_ends = training.batch[-2].until if len(training.batch) > 1 else 0.0
     sequences = steps = 0
     while sequences < ramp_ends * total or training.batch[-1].shape != "constant":
-        if sequences >= total:
-            return steps
+        if sequences >= total or steps >= COUNTED:
+            break
         sequences += batch_size(training, sequences)
         steps += 1
     return steps + math.ceil(max(total - sequences, 0) / batch_size(training, sequences))

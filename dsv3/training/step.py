@@ -61,7 +61,7 @@ def _jitted_step(config: Config):
         bias = _moved_bias(config, state.router_bias, stats, speed)
 
         finite = jnp.isfinite(losses.total) & jnp.isfinite(norm)
-        finite &= jnp.isfinite(optax.tree.norm((updates, bias)))  # moments, weights and biases too
+        finite &= jnp.isfinite(optax.tree.norm((params, bias)))  # a broken moment breaks a weight
         keep = functools.partial(_select, finite)
         taken = finite.astype(jnp.uint32)
         state = TrainState(

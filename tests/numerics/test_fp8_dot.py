@@ -17,6 +17,7 @@ from dsv3.numerics.dot import build
 from dsv3.numerics.fp8 import BLOCK, COLUMN, TENSOR, TILE, Quantized, dequantize, quantize
 from dsv3.numerics.fp8_dot import Fp8Rule, Wire, backend_of
 from dsv3.numerics.products import Dequantized, Hopper, Promoted, exact_product
+from dsv3.numerics.rule import PlainWire
 
 RULE = Fp8Rule(Fp8Dot())
 EXPERTS, BLOCK_ROWS, INPUTS, OUTPUTS = 3, 128, 200, 136  # widths that are no multiples of 128
@@ -155,6 +156,18 @@ def test_the_product_on_arrival_multiplies_the_bytes_that_were_sent():
     x = random(0, 40, INPUTS, dtype=jnp.bfloat16)
     sent = Wire().pack(x)
     arrived = RULE.after_dispatch.activation(Wire().unpack(sent, x.dtype))
+    np.testing.assert_array_equal(dequantize(arrived), dequantize(sent))
+
+
+def test_ablations_do_not_round_on_the_wire_what_they_group_otherwise():
+    assert Fp8Rule(Fp8Dot(groups="tensor")).wire == PlainWire()
+    assert Fp8Rule(Fp8Dot(gradient_groups="block")).gradient_wire == PlainWire()
+    assert Fp8Rule(Fp8Dot(gradient_groups="block")).wire == Wire()
+    e5m2 = Fp8Rule(Fp8Dot(gradient_format="e5m2"))
+    dy = random(0, 40, INPUTS, dtype=jnp.bfloat16)
+    sent = e5m2.gradient_wire.pack(dy)
+    assert sent.values.dtype == jnp.float8_e5m2
+    arrived = e5m2.before_combine.gradient(e5m2.gradient_wire.unpack(sent, dy.dtype))
     np.testing.assert_array_equal(dequantize(arrived), dequantize(sent))
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.numerics.dot import PlainWire
+from dsv3.numerics.rule import PlainWire
 from dsv3.parallel import dispatch as module
 from dsv3.parallel.dispatch import count, dispatch_gates, layout_of
 

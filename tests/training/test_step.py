@@ -189,3 +189,14 @@ def test_fp8_learns_and_its_guard_refuses_a_poisoned_step():
     )
     refused, metrics = one_step(config, state=dataclasses.replace(state, params=poisoned))
     assert int(metrics["skipped"]) == 1 and int(refused.step) == 13
+
+
+def test_a_finite_gradient_that_makes_a_weight_infinite_is_refused_too():
+    config = with_training(learning_rate=1e3, warmup_steps=0)
+    state = learning_state()
+    huge = jax.tree.map(lambda p: jnp.full_like(p, 3.4e38) if p.size > 1 else p, state.params)
+    before = dataclasses.replace(state, params=huge)
+    kept = jax.tree.map(np.asarray, before.params)
+    after, metrics = one_step(config, state=before)
+    assert int(metrics["skipped"]) == 1
+    chex.assert_trees_all_equal(after.params, kept)
