@@ -37,7 +37,9 @@ class Section:
     def require(self, condition: bool, name: str, because: str) -> None:
         """Raise ConfigError naming field `name` and its value unless `condition` holds."""
         if not condition:
-            raise ConfigError(f"{self.at(name)} = {getattr(self, name)!r} {because}")
+            value = getattr(self, name)
+            shown = value.tag if isinstance(value, Section) and value.tag else value
+            raise ConfigError(f"{self.at(name)} = {shown!r} {because}")
 
     def require_positive(self, *names: str) -> None:
         for name in names:
