@@ -329,7 +329,7 @@ class Training(Section):
         self.require(ends == sorted(set(ends)) and ends[0] > 0, name,
                      "wants each until greater than the one before")  # fmt: skip
         self.require(all(0 <= phase.value <= 2**24 for phase in schedule), name,
-                     "must not hold negative values")  # fmt: skip
+                     "wants values from 0 to 2^24")  # fmt: skip
 
     def _validate_batch(self) -> None:
         step = self.batch_increment

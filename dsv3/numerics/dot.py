@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from dsv3.config import Bf16Dot, Fp8Dot
+from dsv3.config import Bf16Dot, Fp8Dot, HopperAccumulator
 from dsv3.numerics.fp8_dot import Fp8Rule
 from dsv3.numerics.rule import (
     LINEAR,
@@ -34,10 +34,12 @@ def build(config: Bf16Dot | Fp8Dot) -> DotRule:
 
 def placed[D: Bf16Dot | Fp8Dot](config: D, platform: str) -> D:
     """`config` with its backend chosen for a platform, where it leaves the choice: 'reference' on
-    CPUs, elsewhere 'dequant', which costs one BF16 product."""
+    CPUs and under an emulated accumulator, else 'dequant', which costs one BF16 product."""
     match config:
-        case Fp8Dot(backend="auto"):
-            return replace(config, backend="reference" if platform == "cpu" else "dequant")
+        case Fp8Dot(backend="auto", accumulator=accumulator):
+            emulated = isinstance(accumulator, HopperAccumulator)
+            slow = platform == "cpu" or emulated
+            return replace(config, backend="reference" if slow else "dequant")
     return config
 
 

@@ -42,7 +42,7 @@ def backend_of(config: Fp8Dot) -> Backend:
 
 
 @dataclass(frozen=True)
-class Wire:
+class Fp8Wire:
     """How rows travel to experts: FP8 tiles with power-of-two scales (§3.3.3).
 
     Quantising again with such scales what was unpacked changes nothing, so the product on arrival
@@ -73,23 +73,23 @@ class Fp8Rule(LinearMap):
         fine, block = self.config.groups == "fine", self.config.gradient_groups == "block"
         x, w, dy = "e4m3", "e4m3", self.config.gradient_format
         tile, square, column = ("1x128", "128x128", "128x1") if fine else ("tensor",) * 3
-        dy_fprop, dy_wgrad = (square, square) if block else (tile, column)
+        dy_dgrad, dy_wgrad = (square, square) if block else (tile, column)
         return Formats(
             f"{x} {tile} x {w} {square}",
-            f"{dy} {dy_fprop} x {w} {square}",
+            f"{dy} {dy_dgrad} x {w} {square}",
             f"{x} {column} x {dy} {dy_wgrad}",
             "e5m6 1x128" if self.cache_e5m6 else f"{x} {tile}",
         )
 
     @property
-    def wire(self) -> Wire | PlainWire:
+    def wire(self) -> Fp8Wire | PlainWire:
         """Rows whose product groups them otherwise travel unquantised: rounded once, not twice."""
-        return Wire() if self.config.groups == "fine" else PlainWire()
+        return Fp8Wire() if self.config.groups == "fine" else PlainWire()
 
     @property
-    def gradient_wire(self) -> Wire | PlainWire:
+    def gradient_wire(self) -> Fp8Wire | PlainWire:
         tiles = self.config.groups == "fine" and self.config.gradient_groups == "tile"
-        return Wire(self.config.gradient_format) if tiles else PlainWire()
+        return Fp8Wire(self.config.gradient_format) if tiles else PlainWire()
 
     @property
     def after_attention(self) -> "Fp8Rule":
@@ -274,8 +274,9 @@ def _from_cache_forward(rule, function, x, *others):
 
 def _from_cache_backward(rule, function, residuals, dy):
     cached, others = residuals
-    is_cached = lambda node: isinstance(node, Quantized)  # noqa: E731
-    x = jax.tree.map(lambda q: rule.read(q).astype(dy.dtype), cached, is_leaf=is_cached)
+    x = jax.tree.map(
+        lambda q: rule.read(q).astype(dy.dtype), cached, is_leaf=lambda x: isinstance(x, Quantized)
+    )
     return jax.vjp(function, x, *others)[1](dy)
 
 

@@ -1,6 +1,6 @@
 """Dot rules: the one seam through which precision enters the model.
 
-Every linear map of the model is one of two products, and a dot rule is an object that has them:
+Every linear map of the model is a product of the last axis or of grouped rows; a dot rule has both:
 
     last_axis(x, *ws)            y[..., O] = x[..., I] · w[I, O] for each of several weights
     dot_general(x, w, dims)      one of them, shaped like `lax.dot_general`
@@ -30,6 +30,7 @@ one block and one expert at a time, stops at the last block in use, and costs wh
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -104,11 +105,12 @@ class DotRule(Protocol):
     def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Array: ...
 
 
-class LinearMap:
+class LinearMap(ABC):
     """The forms of a linear map, for rules that implement `linear(x_XI, ws) -> ys`."""
 
+    @abstractmethod
     def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
-        raise NotImplementedError
+        """y_XO in x's dtype for each w_IO of `ws`."""
 
     def last_axis(self, x: Array, *ws: Array) -> list[Array]:
         """y[..., O] = x[..., I] · w[I, O] in x's dtype, for each of several weights."""

@@ -13,9 +13,9 @@ from dsv3.bindings import apply
 from dsv3.config import Config, ExactAccumulator, Fp8Dot, HopperAccumulator
 from dsv3.errors import ConfigError
 from dsv3.numerics import fp8
-from dsv3.numerics.dot import build
+from dsv3.numerics.dot import build, placed
 from dsv3.numerics.fp8 import BLOCK, COLUMN, TENSOR, TILE, Quantized, dequantize, quantize
-from dsv3.numerics.fp8_dot import Fp8Rule, Wire, backend_of
+from dsv3.numerics.fp8_dot import Fp8Rule, Fp8Wire, backend_of
 from dsv3.numerics.products import Dequantized, Hopper, Promoted, exact_product
 from dsv3.numerics.rule import PlainWire
 
@@ -154,15 +154,15 @@ def test_scales_after_attention_and_on_the_wire_are_powers_of_two():
 
 def test_the_product_on_arrival_multiplies_the_bytes_that_were_sent():
     x = random(0, 40, INPUTS, dtype=jnp.bfloat16)
-    sent = Wire().pack(x)
-    arrived = RULE.after_dispatch.activation(Wire().unpack(sent, x.dtype))
+    sent = Fp8Wire().pack(x)
+    arrived = RULE.after_dispatch.activation(Fp8Wire().unpack(sent, x.dtype))
     np.testing.assert_array_equal(dequantize(arrived), dequantize(sent))
 
 
 def test_ablations_do_not_round_on_the_wire_what_they_group_otherwise():
     assert Fp8Rule(Fp8Dot(groups="tensor")).wire == PlainWire()
     assert Fp8Rule(Fp8Dot(gradient_groups="block")).gradient_wire == PlainWire()
-    assert Fp8Rule(Fp8Dot(gradient_groups="block")).wire == Wire()
+    assert Fp8Rule(Fp8Dot(gradient_groups="block")).wire == Fp8Wire()
     e5m2 = Fp8Rule(Fp8Dot(gradient_format="e5m2"))
     dy = random(0, 40, INPUTS, dtype=jnp.bfloat16)
     sent = e5m2.gradient_wire.pack(dy)
@@ -344,3 +344,12 @@ def test_bindings_reach_the_alternatives():
     assert Fp8Dot().accumulator == ExactAccumulator()
     assert hash(build(Fp8Dot())) == hash(build(Fp8Dot()))
     assert fp8.GROUP == 128
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_platform_chooses_where_the_configuration_does_not(platform):
+    wanted = "reference" if platform == "cpu" else "dequant"
+    assert placed(Fp8Dot(), platform).backend == wanted
+    assert placed(Fp8Dot(backend="dequant"), platform).backend == "dequant"
+    emulated = Fp8Dot(accumulator=HopperAccumulator())
+    assert backend_of(placed(emulated, platform)) == Hopper(128)
