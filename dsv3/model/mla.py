@@ -20,6 +20,7 @@ from jax import Array
 from dsv3.config import Model
 from dsv3.model.layers import Linear, RMSNorm, save_as, together
 from dsv3.model.rope import ROTATE, softmax_scale
+from dsv3.numerics.rows import matrix_product
 from dsv3.numerics.rule import DotRule
 
 LATENT_EPS = 1e-6
@@ -99,15 +100,9 @@ def causal_attention(q_BTNW: Array, k_BSNW: Array, v_BSNU: Array, scale: float) 
     for start in range(0, length, block):
         end = min(start + block, length)
         visible_ts = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        s_BNts = jnp.einsum(
-            "bntw,bnsw->bnts", q_BNTW[:, :, start:end], k_BNSW[:, :, :end],
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        keys_BNWs = k_BNSW[:, :, :end].swapaxes(2, 3)
+        s_BNts = matrix_product(q_BNTW[:, :, start:end], keys_BNWs)
         s_BNts = jnp.where(visible_ts[None, None], s_BNts * scale, -jnp.inf)
         p_BNts = jax.nn.softmax(s_BNts, axis=-1).astype(v_BNSU.dtype)
-        o_BNtU.append(
-            jnp.einsum(
-                "bnts,bnsu->bntu", p_BNts, v_BNSU[:, :, :end], preferred_element_type=jnp.float32
-            ).astype(v_BNSU.dtype)
-        )
+        o_BNtU.append(matrix_product(p_BNts, v_BNSU[:, :, :end]).astype(v_BNSU.dtype))
     return jnp.concatenate(o_BNtU, axis=2).swapaxes(1, 2)

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from dsv3.config import Bf16Dot, Fp8Dot, HopperAccumulator
 from dsv3.numerics.fp8_dot import Fp8Rule
+from dsv3.numerics.rows import contract_rows
 from dsv3.numerics.rule import (
     LINEAR,
     DotRule,
@@ -94,7 +95,7 @@ def _linear_forward(x_XI, w_IO):
 def _linear_backward(residuals, dy_XO):
     x_XI, w_IO = residuals
     dx_XI = _product(dy_XO, w_IO.astype(dy_XO.dtype), (((1,), (1,)), ((), ())))  # Dgrad
-    dw_IO = _product(x_XI, dy_XO, (((0,), (0,)), ((), ())))  # Wgrad
+    dw_IO = contract_rows(x_XI, dy_XO)  # Wgrad
     return dx_XI.astype(x_XI.dtype), dw_IO.astype(w_IO.dtype)
 
 
@@ -131,7 +132,7 @@ def _grouped_backward(residuals, dy_PO):
     x_ZbI, dy_ZbO = blocks(x_PI, expert_Z), blocks(dy_PO, expert_Z)
 
     def accumulate(dw_EIO, z, expert):
-        return dw_EIO.at[expert].add(_product(x_ZbI[z], dy_ZbO[z], (((0,), (0,)), ((), ()))))
+        return dw_EIO.at[expert].add(contract_rows(x_ZbI[z], dy_ZbO[z]))
 
     start_EIO = jnp.zeros(w_EIO.shape, jnp.float32)
     dw_EIO = each_block(w_EIO.shape[0], expert_Z, accumulate, start_EIO)

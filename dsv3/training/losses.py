@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from dsv3.model.mtp import valid_at
 from dsv3.model.transformer import Stats, Transformer
+from dsv3.numerics.rows import contract_rows
 from dsv3.numerics.rule import LINEAR
 
 CHUNK = 512  # positions whose logits are held at once
@@ -106,9 +107,7 @@ def _head_loss_forward(h_XD, w_DV, label_X, weight_X):
         dh_cD = lax.dot_general(
             dlogits_cV, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-        dw_DV += lax.dot_general(
-            h_cD, dlogits_cV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        dw_DV += contract_rows(h_cD, dlogits_cV)
         return (total + jnp.sum(nll_c * weight_c), dw_DV), dh_cD.astype(h_cD.dtype)
 
     start = (jnp.zeros(()), jnp.zeros(w_DV.shape, jnp.float32))
