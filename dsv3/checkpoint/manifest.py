@@ -3,8 +3,13 @@
 Orbax restores a flipped bit without a word: none of its formats hashes array data. So a step
 carries a `MANIFEST`, written after everything else: its first line is the SHA-256 of what follows,
 which is JSON with the format, the step, the size and SHA-256 of every file, and for every array its
-dtype, shape and the SHA-256 of its logical bytes. The two layers catch different things: the files'
-hashes what happened on disk, the arrays' what happened between the disk and memory.
+dtype, its shape, how it is cut into chunks, and the fingerprint of each. The two layers catch
+different things: the files' hashes what happened on disk, the arrays' what happened between the
+disk and memory, also where a process reads only what it needs. The fingerprint of an array is the
+sum of its chunks' and says what it holds, however it was cut.
+
+Where several processes save, each writes a part, `MANIFEST.<process>`, of what it wrote itself; the
+first process joins them, finds every chunk written once, and removes the parts.
 
 Nothing of a manifest is parsed before its own hash is checked, and nothing is ever unpickled.
 """
@@ -13,7 +18,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +29,10 @@ from urllib.parse import quote
 import jax
 import numpy as np
 
+from dsv3.checkpoint.pieces import Grid, Index
 from dsv3.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "MANIFEST"
 _DISK_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 
@@ -41,9 +47,21 @@ class FilePrint(NamedTuple):
 
 
 class ArrayPrint(NamedTuple):
+    """An array by its chunks, those of one process or all: their fingerprints by number."""
+
     dtype: str
-    shape: tuple[int, ...]
-    sha256: str
+    shape: Index
+    chunk: Index
+    sums: dict[int, int]
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, self.chunk)
+
+    @property
+    def content(self) -> tuple[str, Index, int]:
+        """The same for arrays that are the same bit for bit, however they were cut."""
+        return self.dtype, self.shape, sum(self.sums.values()) % (1 << 64)
 
 
 @dataclass(frozen=True)
@@ -55,24 +73,31 @@ class Manifest:
     arrays: dict[str, ArrayPrint]
 
     @classmethod
-    def of(cls, directory: Path, step: int, arrays: dict[str, ArrayPrint]) -> "Manifest":
-        """Describe `arrays` and the files in `directory` that they were written to."""
-        sizes = _sizes(directory)
-        with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
-            hashes = pool.map(lambda name: _hash_file(directory / name), sizes)
-            files = {n: FilePrint(sizes[n], sha) for n, sha in zip(sizes, hashes, strict=True)}
+    def of(
+        cls, directory: Path, step: int, arrays: dict[str, ArrayPrint], below: str = "",
+        known: Mapping[str, FilePrint] | None = None,
+    ) -> "Manifest":  # fmt: skip
+        """Describe `arrays` and the files in `directory`, those in `known` as it says.
+
+        below: the folder in it of whose files alone it is.
+        """
+        files = dict(known or {})
+        sizes = {n: size for n, size in _sizes(directory, below).items() if n not in files}
+        for name, sha256 in zip(sizes, _hash_files(directory, sizes), strict=True):
+            files[name] = FilePrint(sizes[name], sha256)
         return cls(step, files, arrays)
 
     @classmethod
-    def read(cls, directory: Path, step: int) -> "Manifest":
-        """The manifest of `directory`, which must be that of `step`.
+    def read(cls, directory: Path, step: int, part: int | None = None) -> "Manifest":
+        """The manifest of `directory`, which must be that of `step`; or a process's part of it.
 
-        Raises DamageError, or CheckpointError where a later format was written.
+        Raises DamageError, or CheckpointError where another format was written.
         """
+        name = _part(part)
         with _lost_is_damaged():
-            sha256, _, body = (directory / NAME).read_bytes().partition(b"\n")
+            sha256, _, body = (directory / name).read_bytes().partition(b"\n")
         if sha256 != hashlib.sha256(body).hexdigest().encode():
-            raise DamageError(f"{NAME} does not match its own hash")
+            raise DamageError(f"{name} does not match its own hash")
         content = json.loads(body)
         if content["format"] != FORMAT:
             found = content["format"]
@@ -81,19 +106,52 @@ class Manifest:
             raise DamageError(f"it holds step {content['step']}")
         files = {name: FilePrint(*entry) for name, entry in content["files"].items()}
         arrays = {
-            name: ArrayPrint(dtype, tuple(shape), sha256)
-            for name, (dtype, shape, sha256) in content["arrays"].items()
+            name: ArrayPrint(
+                dtype, tuple(shape), tuple(chunk), {int(n): int(s, 16) for n, s in sums.items()}
+            )
+            for name, (dtype, shape, chunk, sums) in content["arrays"].items()
         }
         return cls(step, files, arrays)
 
-    def write(self, directory: Path) -> None:
-        content = {"format": FORMAT, "step": self.step, "files": self.files, "arrays": self.arrays}
+    def write(self, directory: Path, part: int | None = None) -> None:
+        arrays = {
+            name: [a.dtype, a.shape, a.chunk, {n: f"{s:016x}" for n, s in sorted(a.sums.items())}]
+            for name, a in self.arrays.items()
+        }
+        content = {"format": FORMAT, "step": self.step, "files": self.files, "arrays": arrays}
         body = json.dumps(content, indent=1).encode()
         sha256 = hashlib.sha256(body).hexdigest().encode()
-        (directory / NAME).write_bytes(sha256 + b"\n" + body)
+        (directory / _part(part)).write_bytes(sha256 + b"\n" + body)
 
-    def check_files(self, directory: Path) -> None:
-        """Raise DamageError unless `directory` holds exactly these files with these contents."""
+    @classmethod
+    def join(cls, directory: Path, step: int, processes: int) -> "Manifest":
+        """The manifest of a step from the parts of all processes, which go."""
+        files: dict[str, FilePrint] = {}
+        arrays: dict[str, ArrayPrint] = {}
+        for process in range(processes):
+            part = cls.read(directory, step, process)
+            (directory / _part(process)).unlink()
+            files |= part.files
+            for name, array in part.arrays.items():
+                before = arrays.setdefault(name, array)
+                if array is not before and before.sums.keys() & array.sums.keys():
+                    raise ValueError(f"two processes wrote the same of {name}")
+                if array is not before and array.sums:
+                    arrays[name] = array._replace(sums=before.sums | array.sums)
+        for name, array in arrays.items():
+            if len(array.sums) != array.grid.size:
+                raise ValueError(
+                    f"{len(array.sums)} of {array.grid.size} chunks of {name} are there"
+                )
+        return cls.of(directory, step, arrays, known=files)
+
+    def check_files(
+        self, directory: Path, hashed: Callable[[int, int], bool] | None = None
+    ) -> None:
+        """Raise DamageError unless `directory` holds exactly these files with these contents.
+
+        `hashed(number, size)` says of which files the contents are looked at; of all without it.
+        """
         with _lost_is_damaged():
             sizes = _sizes(directory)
             if absent := sorted(self.files.keys() - sizes.keys()):
@@ -103,20 +161,10 @@ class Manifest:
             for name, size in sizes.items():
                 if size != self.files[name].size:
                     raise DamageError(f"{name} has {size} bytes instead of {self.files[name].size}")
-            with ThreadPoolExecutor() as pool:
-                hashes = pool.map(lambda name: _hash_file(directory / name), sizes)
-                for name, sha256 in zip(sizes, hashes, strict=True):
-                    if sha256 != self.files[name].sha256:
-                        raise DamageError(f"{name} does not match its hash")
-
-    def check_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Raise DamageError unless these are, bit for bit, the arrays that were saved."""
-        if arrays.keys() != self.arrays.keys():
-            raise DamageError(f"its arrays are not those that {NAME} names")
-        with ThreadPoolExecutor() as pool:
-            for name, found in zip(arrays, pool.map(fingerprint, arrays.values()), strict=True):
-                if found != self.arrays[name]:
-                    raise DamageError(f"the array {name} does not match its fingerprint")
+            names = [n for i, n in enumerate(sizes) if hashed is None or hashed(i, sizes[n])]
+            for name, sha256 in zip(names, _hash_files(directory, names), strict=True):
+                if sha256 != self.files[name].sha256:
+                    raise DamageError(f"{name} does not match its hash")
 
     def read_file(self, directory: Path, name: str) -> bytes:
         """The verified content of one small file."""
@@ -157,11 +205,6 @@ def name_leaves(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def fingerprint(array: np.ndarray) -> ArrayPrint:
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return ArrayPrint(array.dtype.name, array.shape, hashlib.sha256(data).hexdigest())
-
-
 def _escape(key: str) -> str:
     return quote(key, safe="").replace(".", "%2E") or "%"
 
@@ -170,15 +213,24 @@ def _typed(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
-def _sizes(directory: Path) -> dict[str, int]:
-    """Size of everything below `directory` that is no directory, but for the manifest."""
+def _sizes(directory: Path, below: str = "") -> dict[str, int]:
+    """Size of everything in `directory`/`below` that is no directory, but for the manifest."""
     found = {}
-    for folder, _, names in os.walk(directory):
+    for folder, _, names in os.walk(directory / below):
         for name in names:
             path = Path(folder, name)
             found[path.relative_to(directory).as_posix()] = path.lstat().st_size
     found.pop(NAME, None)
     return dict(sorted(found.items()))
+
+
+def _part(process: int | None) -> str:
+    return NAME if process is None else f"{NAME}.{process}"
+
+
+def _hash_files(directory: Path, names: Collection[str]) -> Iterator[str]:
+    with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
+        yield from pool.map(lambda name: _hash_file(directory / name), names)
 
 
 def _hash_file(path: Path) -> str:

@@ -11,38 +11,47 @@ directory is renamed and the rename fsynced. Only the final name makes it a step
 moment leaves the earlier ones as they were. A restore takes the newest step whose every file and
 array hashes to what was saved; a damaged one is named, set aside and never deleted.
 
+Several processes save one step: the first makes the temporary directory, each writes the shards it
+owns there, and when all have said that theirs is on disk, the first writes the manifest and
+renames. So a process that dies leaves a temporary directory and no step. They restore one step:
+each reads what its devices need and hashes its share of the files, and what one finds damaged is
+damaged for all. `dsv3/parallel/processes.py` makes the error of one the error of all.
+
 Saving is synchronous: 60 MB take about a second, once in hundreds of steps, and a thread would have
-to copy the state first, since the step donates its buffers. Files are the business of one
-process; several would each need to hand orbax their shards and let the first write the manifest.
+to copy the state first, since the step donates its buffers.
 """
 
 import errno
 import fcntl
+import functools
 import itertools
 import json
-import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from dsv3.checkpoint.manifest import DamageError, Manifest, fingerprint, name_leaves
+from dsv3.checkpoint import arrays
+from dsv3.checkpoint.arrays import Arrays
+from dsv3.checkpoint.manifest import DamageError, Manifest, name_leaves
+from dsv3.checkpoint.pieces import Box, Pieces, content, cut
 from dsv3.errors import CheckpointError
 from dsv3.files import fsync_directory, fsync_tree
+from dsv3.parallel.processes import exchange, is_first, together
 
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
 _OURS = re.compile(r"step-\d+|damaged-\d+-\d+|tmp-.+")
 _HEADROOM = 1 << 20  # bytes for metadata, beyond the arrays
+_SMALL = 1 << 20  # bytes of a file that a reader hashes at once
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,35 @@ class Restored:
     step: int
     state: Any
     extra: dict
+
+
+class Reader:
+    """A sound step, its arrays read one by one: `shapes` has (shape, dtype) by name.
+
+    Large files are verified by what is read of them, not before.
+    """
+
+    def __init__(self, store: "Store", step: int, manifest: Manifest, extra: dict):
+        self.step, self.extra = step, extra
+        self.shapes = {n: (a.shape, np.dtype(a.dtype)) for n, a in manifest.arrays.items()}
+        self._store, self._arrays = store, Arrays(store._path(step), manifest)
+
+    def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+        """Array `name`, or what it holds at these integers on its leading axes.
+
+        Raises CheckpointError where that is damaged; the step is set aside then, and the next
+        opening takes the one before.
+        """
+        shape, _ = self.shapes[name]
+        inner = shape[len(index) :]
+        box = (*(slice(i, i + 1) for i in index), *(slice(0, n) for n in inner))
+        try:
+            return self._arrays.read(name, box).reshape(inner)
+        except DamageError as damage:
+            self._store._set_aside(self.step, damage)
+            raise CheckpointError(
+                f"{self._arrays.path} is damaged: {damage}; the same command takes the step before"
+            ) from damage
 
 
 class Store:
@@ -67,40 +105,40 @@ class Store:
         self.warn = warn
         if self.directory.exists():
             self._refuse_foreign()
-            with _locked(self.directory, fcntl.LOCK_NB) as alone:
-                if alone:
-                    self._sweep()
+            if is_first():
+                with _locked(self.directory, fcntl.LOCK_NB) as alone:
+                    if alone:
+                        self._sweep()
 
     def steps(self) -> list[int]:
         """The committed steps, ascending."""
         return sorted(int(match[1]) for name in self._names() if (match := _STEP.fullmatch(name)))
 
     def save(self, step: int, state: Any, extra: dict) -> None:
-        """Commit `state` (a pytree of jax or numpy arrays) and `extra` (JSON-able) as `step`.
+        """Commit `state`, a pytree of arrays, and `extra` (JSON-able) as `step`.
 
-        Then the oldest steps beyond `keep` go. A committed step is never rewritten: saving the same
-        arrays again does nothing, others are a CheckpointError, as are a full and a read-only disk.
+        The leaves are jax arrays, sharded over any mesh, numpy arrays, or produced by pieces while
+        they are written (`pieces.cut` says how). All processes call this. Then the oldest steps
+        beyond `keep` go. A committed step is never rewritten: saving the same arrays again does
+        nothing, others are a CheckpointError, as are a full and a read-only disk.
         """
-        arrays = {name: _host(name, leaf) for name, leaf in name_leaves(state).items()}
+        leaves = {name: cut(name, leaf) for name, leaf in name_leaves(state).items()}
         text = json.dumps(extra)
-        if step in self.steps() and self._holds(step, arrays):
+        if step in self._agreed_steps() and self._holds(step, leaves):
             return
-        with self._failing_disk_is_named(step):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with _locked(self.directory):
-                self._sweep()
-                _require_space(self.directory, sum(a.nbytes for a in arrays.values()))
-                with self._temporary(step) as temporary:
-                    self._write(temporary, step, arrays, text)
-                    temporary.rename(self._path(step))
-                fsync_directory(self.directory)
-                self._retire(newest=step)
+        with self._temporary(step, sum(leaf.nbytes for leaf in leaves.values())) as temporary:
+            with self._saving(step):
+                self._write(temporary, step, leaves)
+            with self._saving(step):
+                if is_first():
+                    self._commit(temporary, step, text)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
         """The newest sound step, or `step`, in the structure of `abstract_state`; None without any.
 
-        Each leaf goes where the abstract leaf's sharding says, else to the default device; 64-bit
-        leaves stay numpy arrays where jax does not have 64 bits. Raises CheckpointError where a
+        Each leaf goes where the abstract leaf's sharding says, on whatever mesh it was saved, else
+        to the default device; a process reads what its devices need. 64-bit leaves stay numpy
+        arrays where jax does not have 64 bits. Raises CheckpointError where a
         sound step has other names, shapes or dtypes, where only damaged ones are left, and where
         `step` is missing or damaged.
         """
@@ -115,21 +153,36 @@ class Store:
 
         return self._newest(read, step)
 
+    def open(self, step: int | None = None) -> Reader | None:
+        """The newest sound step, or `step`, to read its arrays one by one; None without any."""
+
+        def reader(step: int) -> Reader:
+            path = self._path(step)
+            manifest = Manifest.read(path, step)
+            manifest.check_files(path, lambda _, size: size <= _SMALL)
+            return Reader(self, step, manifest, json.loads(manifest.read_file(path, "extra.json")))
+
+        return self._newest(reader, step)
+
     def _newest[T](self, read: Callable[[int], T], step: int | None) -> T | None:
         """`read` of the newest step that it does not find damaged; those are set aside."""
-        refused = set()
-        while left := [s for s in self.steps() if s not in refused and step in (None, s)]:
+        refused: dict[int, DamageError] = {}
+        while left := [s for s in self._agreed_steps() if s not in refused and step in (None, s)]:
             try:
-                return read(left[-1])
+                with together(DamageError, CheckpointError):
+                    found = read(left[-1])
+                return found
             except DamageError as damage:
-                refused.add(left[-1])
+                refused[left[-1]] = damage
                 self._set_aside(left[-1], damage)
         if step is not None:
             sound = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.directory} has no sound step {step}; steps: {sound}")
-        if any(name.startswith("damaged-") for name in self._names()) or refused:
+        aside = [name for name in self._names() if name.startswith("damaged-")]
+        if refused or aside:
+            newest = f"step-{(n := max(refused))}: {refused[n]}" if refused else aside[-1]
             raise CheckpointError(
-                f"every checkpoint in {self.directory} is damaged; "
+                f"every checkpoint in {self.directory} is damaged ({newest}); "
                 "put a sound copy there, or move the directory away to begin anew"
             )
         return None
@@ -137,38 +190,56 @@ class Store:
     def _load(self, step: int, abstract_state: Any) -> Restored:
         path, wanted = self._path(step), name_leaves(abstract_state)
         manifest = Manifest.read(path, step)
-        manifest.check_files(path)
+        manifest.check_files(path, lambda i, _: i % jax.process_count() == jax.process_index())
         if difference := manifest.difference(wanted):
             raise CheckpointError(f"{path} does not fit this configuration: {difference}")
-        arrays = _read_arrays(path, manifest)
-        manifest.check_arrays(arrays)
-        leaves = [_place(arrays[name], like) for name, like in wanted.items()]
+        stored = Arrays(path, manifest)
+        leaves = [_place(stored, name, like) for name, like in wanted.items()]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return Restored(step, state, json.loads(manifest.read_file(path, "extra.json")))
 
-    def _write(self, path: Path, step: int, arrays: dict[str, np.ndarray], extra: str) -> None:
-        with ThreadPoolExecutor() as pool:
-            prints = pool.map(fingerprint, arrays.values())  # while orbax waits for the disk
-            _write_arrays(path / "arrays", arrays)
-            (path / "extra.json").write_text(extra)
-            Manifest.of(path, step, dict(zip(arrays, prints, strict=True))).write(path)
-        fsync_tree(path)
+    def _write(self, path: Path, step: int, leaves: Mapping[str, Pieces]) -> None:
+        """This process's part."""
+        written = arrays.write(path / "arrays", leaves)
+        Manifest.of(path, step, written, f"arrays/{arrays.own_folder()}").write(
+            path, jax.process_index()
+        )
+        fsync_tree(path / "arrays" / arrays.own_folder())
 
-    def _holds(self, step: int, arrays: dict[str, np.ndarray]) -> bool:
+    def _commit(self, path: Path, step: int, extra: str) -> None:
+        """Make of what all processes wrote into `path` the step."""
+        arrays.merge(path / "arrays")
+        (path / "extra.json").write_text(extra)
+        Manifest.join(path, step, jax.process_count()).write(path)
+        fsync_tree(path)
+        path.rename(self._path(step))
+        fsync_directory(self.directory)
+        self._retire(newest=step)
+
+    def _holds(self, step: int, leaves: Mapping[str, Pieces]) -> bool:
         """Whether `step` is there with these arrays; a damaged one is set aside first."""
         try:
-            manifest = Manifest.read(self._path(step), step)
-            manifest.check_files(self._path(step))
+            with together(DamageError, CheckpointError):
+                manifest = Manifest.read(self._path(step), step)
+                manifest.check_files(self._path(step))
         except DamageError as damage:
             self._set_aside(step, damage)
             return False
-        if manifest.arrays != {name: fingerprint(array) for name, array in arrays.items()}:
+        own = json.dumps({name: content(leaf) for name, leaf in leaves.items()})
+        totals = Counter()
+        for said in exchange(own):
+            totals.update(json.loads(said))
+        here = {
+            name: (leaf.dtype.name, leaf.shape, totals[name] % (1 << 64))
+            for name, leaf in leaves.items()
+        }
+        if {name: array.content for name, array in manifest.arrays.items()} != here:
             raise CheckpointError(f"{self._path(step)} is already saved, with other arrays")
         return True
 
     def _set_aside(self, step: int, damage: DamageError) -> None:
         path = self._path(step)
-        if not path.exists():  # a run that is saving has just retired it
+        if not is_first() or not path.exists():  # a run that is saving has just retired it
             return
         aside = next(p for i in itertools.count(1) if not (p := self._path(step, i)).exists())
         try:
@@ -202,19 +273,34 @@ class Store:
             )
 
     @contextmanager
-    def _temporary(self, step: int) -> Iterator[Path]:
+    def _temporary(self, step: int, needed: int) -> Iterator[Path]:
+        """Where all processes write `needed` bytes of `step`, the first holding the lock."""
         path = self.directory / f"tmp-step-{step}-{uuid.uuid4().hex[:8]}"
-        try:
-            path.mkdir()
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)  # nothing, once it was renamed
+        with ExitStack() as stack:
+            with self._saving(step):
+                if is_first():
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(_locked(self.directory))
+                    self._sweep()
+                    _require_space(self.directory, needed)
+                    stack.callback(shutil.rmtree, path, ignore_errors=True)  # nothing, once renamed
+                    (path / "arrays").mkdir(parents=True)
+            yield self.directory / exchange(path.name)[0]
+
+    @contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        with together(CheckpointError), self._failing_disk_is_named(step):
+            yield
+
+    def _agreed_steps(self) -> list[int]:
+        """`steps` as the first process sees them: a shared disk may show others less."""
+        return json.loads(exchange(json.dumps(self.steps()))[0])
 
     @contextmanager
     def _failing_disk_is_named(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DamageError) as error:
             if not (reason := _disk_failure(error)):
                 raise
             raise CheckpointError(f"{self._path(step)} cannot be saved: {reason}") from error
@@ -229,58 +315,28 @@ class Store:
         return sorted(n for n in os.listdir(self.directory) if not n.startswith("."))
 
 
-def _host(name: str, leaf: Any) -> np.ndarray:
-    if not hasattr(leaf, "dtype"):
-        raise TypeError(f"{name} is {leaf!r}; a checkpoint holds arrays")
-    return np.asarray(leaf)
-
-
-def _place(array: np.ndarray, like: Any) -> Any:
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array
+def _place(stored: Arrays, name: str, like: Any) -> Any:
+    dtype = np.dtype(like.dtype)
     sharding = getattr(like, "sharding", None)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        return stored.read(name)
+    if sharding is None:
+        return jax.device_put(stored.read(name))
     if isinstance(sharding, jax.NamedSharding) and isinstance(
         sharding.mesh, jax.sharding.AbstractMesh
     ):  # eval_shape under a mesh names its axes, not its devices
         mesh = jax.sharding.get_mesh()
         sharding = jax.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
-    return jax.device_put(array, sharding)
 
+    @functools.cache  # replicas are read once
+    def read(*sides: tuple[int, int]) -> np.ndarray:
+        return stored.read(name, tuple(slice(*side) for side in sides))
 
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write through orbax, which refuses empty arrays; the manifest alone restores those."""
-    filled = {name: array for name, array in arrays.items() if array.size}
-    if filled:
-        with _silent_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave(filled))
+    def shard(index: Box | None) -> np.ndarray:
+        sides = zip(index or (), like.shape, strict=True)
+        return read(*(side.indices(n)[:2] for side, n in sides))
 
-
-def _read_arrays(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The arrays of a step whose files were found sound, not yet verified themselves."""
-    arrays = {n: np.zeros(p.shape, p.dtype) for n, p in manifest.arrays.items() if 0 in p.shape}
-    if len(arrays) == len(manifest.arrays):
-        return arrays
-    try:
-        with _silent_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return arrays | checkpointer.restore(path / "arrays")
-    except Exception as error:
-        manifest.check_files(path)  # changed since it was hashed?
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{path} is sound, but orbax {ocp.__version__} cannot read it: {reason}"
-        ) from error
-
-
-@contextmanager
-def _silent_orbax() -> Iterator[None]:
-    """Orbax logs the traceback of what it raises; the caller says it in one line."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return jax.make_array_from_callback(like.shape, sharding, shard, dtype=dtype)
 
 
 def _require_space(directory: Path, needed: int) -> None:
@@ -293,6 +349,8 @@ def _disk_failure(error: Exception) -> str:
     """Why the disk refused, also from tensorstore's ValueError; '' for other errors."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
+    if isinstance(error, DamageError):
+        return str(error)
     found = re.search(r"os_error_code='(\d+)'", str(error))
     if found:
         return os.strerror(int(found[1]))

@@ -1,0 +1,65 @@
+"""Several processes as one program: what each knows of the others.
+
+Devices talk through XLA's collectives; here the hosts do, through the key-value store of
+`jax.distributed`, which works while no device does, and knows who has died. All processes run the
+same code, so all of them reach each call here, in the same order.
+
+What one process meets, all must meet: `together` makes the error of one the error of all, where
+otherwise the others would wait for it. A process that dies is noticed by the runtime.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax._src import distributed  # the store has no public name
+
+from dsv3.errors import UserError
+
+WAIT_SECONDS = 3600  # longer than any process may take on its own: the dead are found before
+_rounds = itertools.count()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what there is one of."""
+    return jax.process_index() == 0
+
+
+def exchange(text: str) -> list[str]:
+    """What every process passed, by its index. Returns once all have called it."""
+    if jax.process_count() == 1:
+        return [text]
+    store: Any = distributed.global_state.client
+    me, turn = jax.process_index(), next(_rounds)
+    store.key_value_set(f"dsv3/{turn}/{me}", text)
+    said = [
+        store.blocking_key_value_get(f"dsv3/{turn}/{process}", WAIT_SECONDS * 1000)
+        for process in range(jax.process_count())
+    ]
+    if turn:  # whoever has answered this round has read the one before
+        store.key_value_delete(f"dsv3/{turn - 1}/{me}")
+    return said
+
+
+@contextmanager
+def together(*kinds: type[Exception]) -> Iterator[None]:
+    """Leave the block in all processes at once, each with an exception where any has one.
+
+    The others raise the same as the process that failed, if that is one of `kinds`, else a
+    UserError that names it. Within the block nothing of this module is called.
+    """
+    try:
+        yield
+    except Exception as error:
+        exchange(json.dumps([type(error).__name__, str(error)]))
+        raise
+    for process, said in enumerate(exchange("")):
+        if said:
+            name, message = json.loads(said)
+            for kind in kinds:
+                if kind.__name__ == name:
+                    raise kind(message)
+            raise UserError(f"process {process}: {message or name}")
