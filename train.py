@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from dsv3 import counts
 from dsv3.bindings import apply, difference, operative, parse, read_bindings
@@ -29,7 +30,8 @@ from dsv3.errors import exits_cleanly
 from dsv3.evaluation.closing import closing_report
 from dsv3.files import exclusive, write_atomically
 from dsv3.host import keep_freed_memory
-from dsv3.parallel.mesh import on_this_platform, platform
+from dsv3.parallel import mesh as meshes
+from dsv3.parallel.mesh import on_this_platform
 from dsv3.reporting.metrics import Recorder
 from dsv3.reporting.plots import compare_runs, plot_run
 from dsv3.reporting.progress import TrainingProgress
@@ -57,14 +59,16 @@ def _train(
     jax.config.update(
         "jax_compilation_cache_dir", str(Path(config.data.cache).expanduser() / "xla")
     )
+    mesh = meshes.build(config.parallel)
+    step = make_step(on_this_platform(config), mesh)
     with progress_bars() as progress:
         prepared = prepare(config, progress)
     total = min(steps or sys.maxsize, steps_to_end(config.training))
     with TrainingProgress(total, config.reporting.every) as shown:
         store = Store(workdir / "checkpoints", config.checkpoint.keep, shown.say)
         loader = Loader(prepared, config)
-        state, sequences_read = start_or_resume(config, store, loader, shown.say)
-        describe_run(config, prepared, shown.say)
+        state, sequences_read = start_or_resume(config, mesh, store, loader, shown.say)
+        describe_run(config, mesh, prepared, shown.say)
 
         def save(state: train_state.TrainState) -> None:
             position = {"loader": loader.state(), "sequences_read": run.sequences_read}
@@ -76,7 +80,6 @@ def _train(
             workdir, config.reporting, config.training.sequence_length, step=int(state.step),
             sequences=int(state.sequences), skipped=int(state.skipped),
         )  # fmt: skip
-        step = make_step(on_this_platform(config))
         run = Run(config, step, loader, recorder, save, shown.update, stop, sequences_read)
         if run.ended(int(state.step), int(state.sequences), steps):
             shown.say(f"nothing left to train: step {int(state.step)}")
@@ -87,17 +90,17 @@ def _train(
         if stop.name:
             shown.say(f"{stop.name}: saved step {int(state.step)}; the same command goes on")
         else:
-            finish(on_this_platform(config), workdir, prepared, state, shown.say)
+            finish(on_this_platform(config), mesh, workdir, prepared, state, shown.say)
     return state
 
 
 def start_or_resume(
-    config: Config, store: Store, loader: Loader, say: Callable[[str], None]
+    config: Config, mesh: Mesh, store: Store, loader: Loader, say: Callable[[str], None]
 ) -> tuple[train_state.TrainState, int]:
     """The newest sound checkpoint's state, the loader put where it was; else a fresh state."""
-    restored = store.restore(train_state.abstract(config))
+    restored = store.restore(train_state.abstract(config, mesh))
     if restored is None:
-        return train_state.create(config), 0
+        return train_state.create(config, mesh), 0
     before = apply(Config(), parse(restored.extra["config"]))
     for path, value in difference(config, before).items():
         say(f"changed since step {restored.step}: {path} = {value!r}")
@@ -114,7 +117,9 @@ def write_inputs(config: Config, prepared: Prepared, workdir: Path) -> None:
         prepared.tokenizer.save(workdir / "tokenizer.json")
 
 
-def describe_run(config: Config, prepared: Prepared, say: Callable[[str], None]) -> None:
+def describe_run(
+    config: Config, mesh: Mesh, prepared: Prepared, say: Callable[[str], None]
+) -> None:
     """Say what will be trained, and on what."""
     total, active = counts.parameters(config.model).total, counts.activated(config.model).total
     dot = on_this_platform(config).model.dot
@@ -122,17 +127,19 @@ def describe_run(config: Config, prepared: Prepared, say: Callable[[str], None])
     say(f"data: {prepared.describe()}")
     say(
         f"model: {total:,} parameters, {active:,} activated a token; dot rule "
-        f"{config.model.dot.tag!r} {backend}in {config.training.compute_dtype} on {platform()}"
+        f"{config.model.dot.tag!r} {backend}in {config.training.compute_dtype} on "
+        f"{meshes.describe(config, mesh)}"
     )
 
 
 def finish(
-    config: Config, workdir: Path, prepared: Prepared, state: train_state.TrainState,
-    say: Callable[[str], None],
+    config: Config, mesh: Mesh, workdir: Path, prepared: Prepared,
+    state: train_state.TrainState, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Evaluate, sample and plot."""
     graph = train_state.graphdef(config)
-    model = train_state.merge(graph, state.params, state.router_bias)
+    whole = meshes.on_one_device((state.params, state.router_bias), mesh)
+    model = train_state.merge(graph, *whole)
     figures, lines = closing_report(config, model, prepared)
     for line in lines:
         say(line)

@@ -12,6 +12,7 @@ from where the last one left it to `value` by the time `until` of `training.toke
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
+from dsv3.cluster import Parallel
 from dsv3.schema import Section
 
 # --- model -------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ class AuxFree(Section):
     sequence_alpha: float = 1e-4
 
     def validate(self):
-        self.require(self.sequence_alpha >= 0, "sequence_alpha", "must not be negative")
+        self.require_not_negative("sequence_alpha")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class AuxLoss(Section):
     scope: Literal["sequence", "batch"] = "sequence"
 
     def validate(self):
-        self.require(self.alpha >= 0, "alpha", "must not be negative")
+        self.require_not_negative("alpha")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Moe(Section):
     def validate(self):
         self.require_positive("routed_experts", "experts_per_token", "expert_width", "block")
         self.require_positive("groups", "groups_per_token", "group_score_experts", "gate_scale")
-        self.require(self.shared_experts >= 0, "shared_experts", "must not be negative")
+        self.require_not_negative("shared_experts")
         self.require(self.routed_experts % self.groups == 0, "groups",
                      f"does not divide the {self.routed_experts} routed experts")  # fmt: skip
         self.require(self.groups_per_token <= self.groups, "groups_per_token",
@@ -214,7 +215,7 @@ class Model(Section):
         pairs = self.mla.heads * self.mla.value_dim % 2 == 0
         self.require(pairs or not isinstance(self.dot, Fp8Dot), "dot", "keeps the input of W^O in "
                      "pairs of E5M6 numbers: model.mla.heads · value_dim must be even")  # fmt: skip
-        self.require(self.mtp_depths >= 0, "mtp_depths", "must not be negative")
+        self.require_not_negative("mtp_depths")
 
     @property
     def moe_layers(self) -> int:
@@ -283,7 +284,7 @@ class AdamW(Section):
         self.require_range("beta1", 0, 0.999999)
         self.require_range("beta2", 0, 0.999999)
         self.require_positive("eps")
-        self.require(self.weight_decay >= 0, "weight_decay", "must not be negative")
+        self.require_not_negative("weight_decay")
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ class Training(Section):
         self.require_range("sequence_length", 2, 2**24)
         self.require_range("tokens", 1, 1e16)
         self.require_range("learning_rate", 0, 1e30)
-        self.require(self.warmup_steps >= 0, "warmup_steps", "must not be negative")
+        self.require_not_negative("warmup_steps")
         self.require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay",
                      "must lie strictly between 0 and 1, or be None")  # fmt: skip
         self.require(0 <= self.seed < 2**31, "seed", "must fit 31 bits")
@@ -378,8 +379,7 @@ class Evaluation(Section):
     sample_tokens: int = 64  # length of the closing sample completion; 0 skips it
 
     def validate(self):
-        self.require(self.held_out_bytes >= 0, "held_out_bytes", "must not be negative")
-        self.require(self.sample_tokens >= 0, "sample_tokens", "must not be negative")
+        self.require_not_negative("held_out_bytes", "sample_tokens")
 
 
 @dataclass(frozen=True)
@@ -389,6 +389,7 @@ class Config(Section):
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
+    parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     reporting: Reporting = field(default_factory=Reporting)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -396,3 +397,4 @@ class Config(Section):
     def validate(self):
         if self.model.mtp_depths >= self.training.sequence_length:
             self.model.require(False, "mtp_depths", "must be below training.sequence_length")
+        self.parallel.require_fitting(self.model.moe, self.model.remat)

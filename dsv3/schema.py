@@ -45,6 +45,10 @@ class Section:
         for name in names:
             self.require(getattr(self, name) > 0, name, "must be positive")
 
+    def require_not_negative(self, *names: str) -> None:
+        for name in names:
+            self.require(getattr(self, name) >= 0, name, "must not be negative")
+
     def require_range(self, name: str, low: float, high: float) -> None:
         self.require(low <= getattr(self, name) <= high, name, f"must lie in [{low}, {high}]")
 

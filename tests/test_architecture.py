@@ -26,6 +26,7 @@ ROWS = (
         "files",
         "host",
         "schema",
+        "cluster",
         "config",
         "counts",
         "bindings",

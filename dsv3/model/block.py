@@ -10,18 +10,21 @@ from dsv3.model.mla import Mla
 from dsv3.model.moe import MoeFfn
 from dsv3.model.router import Routing
 from dsv3.numerics.rule import DotRule
+from dsv3.parallel.shard import ALONE, Shard
 
 
 class Block(nnx.Module):
     """x + MLA(norm x), then + FFN(norm x); the FFN is dense or DeepSeekMoE."""
 
-    def __init__(self, key: Array, config: Model, dot: DotRule, *, routed: bool):
+    def __init__(
+        self, key: Array, config: Model, dot: DotRule, shard: Shard = ALONE, *, routed: bool
+    ):
         k_attention, k_ffn = jax.random.split(key)
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = Mla(k_attention, config, dot)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
         if routed:
-            self.ffn = MoeFfn(k_ffn, config, dot)
+            self.ffn = MoeFfn(k_ffn, config, dot, shard)
         else:
             self.ffn = SwigluMlp(k_ffn, config.width, config.dense_width, config.init_std, dot)
 

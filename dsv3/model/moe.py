@@ -20,6 +20,7 @@ from dsv3.model.layers import SwigluMlp, normal, recomputed, save_as, swiglu
 from dsv3.model.router import Router, Routing
 from dsv3.numerics.rule import DotRule
 from dsv3.parallel.dispatch import combine, dispatch, dispatch_gates, layout_of
+from dsv3.parallel.shard import ALONE, Shard
 
 
 @recomputed
@@ -30,9 +31,12 @@ def gated_swiglu(both_PN: Array, gate_P: Array) -> Array:
 
 
 class RoutedExperts(nnx.Module):
-    """E SwiGLU networks of hidden width M, each token through K of them."""
+    """E SwiGLU networks of hidden width M, each token through K of them.
 
-    def __init__(self, key: Array, config: Model, dot: DotRule):
+    Under a `shard` of several devices the module holds the experts of its own device only.
+    """
+
+    def __init__(self, key: Array, config: Model, dot: DotRule, shard: Shard = ALONE):
         moe, std = config.moe, config.init_std
         k_gate, k_up, k_down = jax.random.split(key, 3)
         into = (moe.routed_experts, config.width, moe.expert_width)
@@ -41,18 +45,28 @@ class RoutedExperts(nnx.Module):
         self.down = nnx.Param(normal(k_down, (into[0], into[2], into[1]), std))
         self.dot = dot
         self.block = moe.block
+        self.shard = shard
 
     def __call__(self, u_XD: Array, experts_XK: Array, gates_XK: Array) -> Array:
-        layout = layout_of(experts_XK, self.gate.shape[0], self.block)
-        layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
-        x_PD = save_as("dispatch", dispatch(self.dot.wire, u_XD, layout))
-        gate_up = self.gate[...], self.up[...]
-        both_PN = self.dot.after_dispatch.grouped(x_PD, gate_up, layout.expert_Z)
-        gate_P = dispatch_gates(gates_XK, layout)
-        both_PN = save_as("swiglu_in", both_PN)
-        second_half = self.dot.from_cache(functools.partial(_second_half, self.dot.before_combine))
-        y_PD = second_half(both_PN, gate_P, self.down[...], layout.expert_Z)
-        return combine(self.dot.gradient_wire, y_PD, layout)
+        work = functools.partial(experts_here, self.dot, self.block)
+        weights = self.gate[...], self.up[...], self.down[...]
+        return self.shard.experts(self.dot, work, weights, u_XD, experts_XK, gates_XK)
+
+
+def experts_here(
+    dot: DotRule, block: int, weights, most: int, u_XD: Array, experts_XK: Array, gates_XK: Array
+) -> Array:
+    """y_XD: for each token the sum over its experts, all of `weights`; see `exchange`."""
+    gate_EDM, up_EDM, down_EMD = weights
+    layout = layout_of(experts_XK, gate_EDM.shape[0], block, most)
+    layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
+    x_PD = save_as("dispatch", dispatch(dot.wire, u_XD, layout))
+    both_PN = dot.after_dispatch.grouped(x_PD, (gate_EDM, up_EDM), layout.expert_Z)
+    gate_P = dispatch_gates(gates_XK, layout)
+    both_PN = save_as("swiglu_in", both_PN)
+    second_half = dot.from_cache(functools.partial(_second_half, dot.before_combine))
+    y_PD = second_half(both_PN, gate_P, down_EMD, layout.expert_Z)
+    return combine(dot.gradient_wire, y_PD, layout)
 
 
 def _second_half(
@@ -64,11 +78,11 @@ def _second_half(
 class MoeFfn(nnx.Module):
     """Shared plus routed experts; returns their sum and the routing's statistics."""
 
-    def __init__(self, key: Array, config: Model, dot: DotRule):
+    def __init__(self, key: Array, config: Model, dot: DotRule, shard: Shard = ALONE):
         k_router, k_routed, k_shared = jax.random.split(key, 3)
         moe = config.moe
-        self.router = Router(k_router, config)
-        self.routed = RoutedExperts(k_routed, config, dot)
+        self.router = Router(k_router, config, shard)
+        self.routed = RoutedExperts(k_routed, config, dot, shard)
         hidden = moe.shared_experts * moe.expert_width
         self.shared = (
             SwigluMlp(k_shared, config.width, hidden, config.init_std, dot) if hidden else None

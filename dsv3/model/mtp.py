@@ -27,18 +27,19 @@ from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.router import Routing
 from dsv3.numerics.dot import PlainDot
 from dsv3.numerics.rule import DotRule
+from dsv3.parallel.shard import ALONE, Shard
 
 
 class MtpModule(nnx.Module):
     """One depth: h^k_BTD from h^{k-1}_BTD and the embeddings of the tokens k ahead."""
 
-    def __init__(self, key: Array, config: Model, dot: DotRule):
+    def __init__(self, key: Array, config: Model, dot: DotRule, shard: Shard = ALONE):
         k_project, k_block = jax.random.split(key)
         self.embedding_norm = RMSNorm(config.width, config.norm_eps)
         self.hidden_norm = RMSNorm(config.width, config.norm_eps)
         high = PlainDot()  # stays BF16 in the released checkpoint
         self.project = Linear(k_project, 2 * config.width, config.width, config.init_std, high)
-        self.block = Block(k_block, config, dot, routed=True)
+        self.block = Block(k_block, config, dot, shard, routed=True)
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def __call__(

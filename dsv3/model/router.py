@@ -32,6 +32,7 @@ from jax import Array, lax
 from dsv3.config import AuxFree, AuxLoss, Model, Moe, NoBalance
 from dsv3.model.layers import normal, save_as
 from dsv3.parallel.dispatch import count
+from dsv3.parallel.shard import ALONE, Shard
 
 
 class RouterBias(nnx.Variable):
@@ -50,11 +51,12 @@ class Routing(NamedTuple):
 class Router(nnx.Module):
     """Routes u_BTD; tokens where valid_BT is False are routed but neither counted nor balanced."""
 
-    def __init__(self, key: Array, config: Model):
+    def __init__(self, key: Array, config: Model, shard: Shard = ALONE):
         moe = config.moe
         self.w = nnx.Param(normal(key, (config.width, moe.routed_experts), config.init_std))
         self.bias = RouterBias(jnp.zeros(moe.routed_experts))
         self.config = moe
+        self.shard = shard
 
     def __call__(self, u_BTD: Array, valid_BT: Array) -> Routing:
         scores_BTE = self.scores(u_BTD)
@@ -62,7 +64,7 @@ class Router(nnx.Module):
         experts_XK = choose(lax.stop_gradient(scores_XE), self.bias[...], self.config)
         experts_XK = save_as("routing", experts_XK)
         counts_E = count(experts_XK, self.config.routed_experts, valid_BT.reshape(-1))
-        loss = balance_loss(scores_BTE, valid_BT, self.config)
+        loss = balance_loss(scores_BTE, valid_BT, self.config, self.shard)
         return Routing(experts_XK, gates(scores_XE, experts_XK, self.config), counts_E, loss)
 
     def scores(self, u_BTD: Array) -> Array:
@@ -95,8 +97,11 @@ def gates(scores_XE: Array, experts_XK: Array, config: Moe) -> Array:
     return gates_XK * config.gate_scale
 
 
-def balance_loss(scores_BTE: Array, valid_BT: Array, config: Moe) -> Array:
-    """The auxiliary loss that `config.balance` asks for; float32 scalar."""
+def balance_loss(scores_BTE: Array, valid_BT: Array, config: Moe, shard: Shard = ALONE) -> Array:
+    """The auxiliary loss that `config.balance` asks for; float32 scalar.
+
+    On several devices the mean of all of theirs is the loss, also where f is the whole batch's.
+    """
     match config.balance:
         case AuxFree(sequence_alpha=alpha) if alpha > 0:
             return alpha * imbalance(scores_BTE, valid_BT, config)
@@ -105,20 +110,24 @@ def balance_loss(scores_BTE: Array, valid_BT: Array, config: Moe) -> Array:
         case AuxLoss(alpha=alpha, scope="batch") if alpha > 0:
             one_sequence = (1, -1, config.routed_experts)
             return alpha * imbalance(
-                scores_BTE.reshape(one_sequence), valid_BT.reshape(1, -1), config
+                scores_BTE.reshape(one_sequence), valid_BT.reshape(1, -1), config, shard
             )
         case AuxFree() | AuxLoss() | NoBalance():
             return jnp.zeros((), jnp.float32)
 
 
-def imbalance(scores_BTE: Array, valid_BT: Array, config: Moe) -> Array:
-    """Mean over sequences of sum_i f_i P_i (Eq. 17-20 without alpha); 1 when perfectly balanced."""
+def imbalance(scores_BTE: Array, valid_BT: Array, config: Moe, shard: Shard = ALONE) -> Array:
+    """Mean over sequences of sum_i f_i P_i (Eq. 17-20 without alpha); 1 when perfectly balanced.
+
+    A `shard` of several devices says that each has a part of the same sequences.
+    """
     experts, chosen = config.routed_experts, config.experts_per_token
     weight_BT1 = valid_BT[:, :, None].astype(jnp.float32)
     tokens_B1 = jnp.maximum(weight_BT1.sum(axis=1), 1.0)
     _, best_BTK = lax.top_k(lax.stop_gradient(scores_BTE), chosen)
     is_best_BTE = jnp.any(jax.nn.one_hot(best_BTK, experts, dtype=bool), axis=2)
     f_BE = (is_best_BTE * weight_BT1).sum(axis=1) * (experts / chosen) / tokens_B1
+    f_BE = shard.mean(f_BE)
     share_BTE = scores_BTE / (scores_BTE.sum(axis=-1, keepdims=True) + 1e-20)
     p_BE = (share_BTE * weight_BT1).sum(axis=1) / tokens_B1
     return jnp.mean(jnp.sum(f_BE * p_BE, axis=-1))

@@ -26,6 +26,7 @@ from dsv3.model.mtp import MtpModule, tokens_ahead, valid_at
 from dsv3.model.rope import rotation
 from dsv3.model.router import Routing
 from dsv3.numerics import dot
+from dsv3.parallel.shard import ALONE, Shard
 
 
 def remat(policy: str, block: Callable, kept: tuple[str, ...]) -> Callable:
@@ -58,20 +59,21 @@ class Output(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Built from a key; called with int32 tokens [B, T]."""
+    """Built from a key; called with int32 tokens [B, T]: the batch, or a `shard`'s part of it."""
 
-    def __init__(self, key: Array, config: Model):
+    def __init__(self, key: Array, config: Model, shard: Shard = ALONE):
         keys = jax.random.split(key, 5)
         rule = dot.build(config.dot)
         std = config.init_std
         self.embedding = Embedding(keys[0], config.vocab, config.width, std)
-        self.dense = stack(keys[1], config.dense_layers, config, rule, routed=False)
-        self.moe = stack(keys[2], config.moe_layers, config, rule, routed=True)
+        self.dense = stack(keys[1], config.dense_layers, config, rule, shard, routed=False)
+        self.moe = stack(keys[2], config.moe_layers, config, rule, shard, routed=True)
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(keys[3], config.width, config.vocab, std, dot.PlainDot())
         mtp_keys = jax.random.split(keys[4], max(config.mtp_depths, 1))[: config.mtp_depths]
-        self.mtp = nnx.List([MtpModule(k, config, rule) for k in mtp_keys])
+        self.mtp = nnx.List([MtpModule(k, config, rule, shard) for k in mtp_keys])
         self.config = config
+        self.shard = shard
 
     def __call__(
         self, tokens_BT: Array, valid_BT: Array | None = None, dtype: jnp.dtype | None = None
@@ -93,18 +95,18 @@ class Transformer(nnx.Module):
             valid_BT = jnp.ones(tokens_BT.shape, bool)
         turn = rotation(self.config.mla, jnp.arange(tokens_BT.shape[1]))
         x_BTD = self.embedding(tokens_BT, dtype)
-        x_BTD, _ = self._run(self.dense, x_BTD, turn, valid_BT)
-        x_BTD, routing = self._run(self.moe, x_BTD, turn, valid_BT)
+        x_BTD, _ = self._run("dense.", self.dense, x_BTD, turn, valid_BT)
+        x_BTD, routing = self._run("moe.", self.moe, x_BTD, turn, valid_BT)
         main_BTD = self.norm(x_BTD)
         mtp, mtp_routing = self._mtp(main_BTD, tokens_BT, turn, valid_BT)
         return Hidden(main_BTD, mtp, self._stats([routing, *mtp_routing]))
 
-    def _run(self, blocks: Block | None, x_BTD: Array, turn, valid_BT: Array):
+    def _run(self, name: str, blocks: Block | None, x_BTD: Array, turn, valid_BT: Array):
         if blocks is None:
             return x_BTD, None
 
         def body(x_BTD, block):
-            return block(x_BTD, turn, valid_BT)
+            return self.shard.layer(name, block)(x_BTD, turn, valid_BT)
 
         return lax.scan(self._remat(body), x_BTD, blocks)
 
@@ -131,9 +133,11 @@ class Transformer(nnx.Module):
         return Stats(counts_LE, jnp.stack(losses).sum())
 
 
-def stack(key: Array, layers: int, config: Model, rule, *, routed: bool) -> Block | None:
+def stack(
+    key: Array, layers: int, config: Model, rule, shard: Shard = ALONE, *, routed: bool
+) -> Block | None:
     """`layers` blocks with a leading layer axis on every parameter; None for no layer."""
     if layers == 0:
         return None
-    make = jax.vmap(lambda k: Block(k, config, rule, routed=routed))
+    make = jax.vmap(lambda k: Block(k, config, rule, shard, routed=routed))
     return make(jax.random.split(key, layers))

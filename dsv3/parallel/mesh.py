@@ -1,15 +1,183 @@
-"""Devices: the only room that asks which there are.
+"""Devices: the only room that asks which there are, and the one table of how arrays lie on them.
 
-For now a run uses the default device of its process. What is rarely read and large, the average of
-the parameters, lives in that device's host memory (§3.2.3).
+A run has one mesh of four axes (`cluster.Parallel`). `build` makes it from the devices at hand, or
+from any others that it is handed, virtual ones for instance. A parameter, its moments and its
+average lie alike: matrices are cut over every axis of the mesh (ZeRO), routed experts first by
+expert over the expert axes. Each axis goes to one of a matrix's two dimensions, the one that is
+cut already if it divides it, else the longer one that it divides; to none, if it divides neither,
+and then that axis holds copies. Gains and router biases are everywhere.
+
+What is rarely read and large, the average of the parameters, lives in host memory (§3.2.3).
 """
 
+import math
+import re
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from dsv3.config import Config
+from dsv3.cluster import Parallel, Sizes
+from dsv3.config import Bf16Dot, Config
+from dsv3.errors import ConfigError
 from dsv3.numerics.dot import placed
+from dsv3.parallel.exchange import Hop
+from dsv3.parallel.shard import Place, Shard, path_of
+
+AXES = Sizes._fields
+DATA = ("replica", "node", "local")  # the axes over which a batch is cut
+EXPERTS = ("node", "local")  # ... and routed experts
+
+WAYS = {"local": (), "all_to_all": (EXPERTS,), "node_limited": (("node",), ("local",))}
+
+
+class Rule(NamedTuple):
+    pattern: str  # found in the path of a parameter, the first that is
+    matrix: bool  # cut along its last two dimensions
+    by_expert: bool  # dimension -3 counts experts
+    wire: str | None  # the dtype it travels in; None is the one its products multiply
+
+
+TABLE = (
+    Rule(r"\brouted\.\w+$", matrix=True, by_expert=True, wire=None),
+    Rule(r"\brouter\.w$", matrix=True, by_expert=False, wire="float32"),
+    Rule(r"\b(w|table)$", matrix=True, by_expert=False, wire=None),
+    Rule(r"", matrix=False, by_expert=False, wire="float32"),
+)
+
+
+def build(parallel: Parallel, devices: list | None = None) -> Mesh:
+    """The mesh over `devices`, all there are unless told otherwise; one device is always at hand.
+
+    Raises ConfigError where `parallel` does not multiply out to them.
+    """
+    devices = jax.devices() if devices is None else devices
+    if parallel.replica is not None and jax.process_count() == 1:
+        alone = parallel.pipe * parallel.replica * parallel.node * parallel.local == 1
+        devices = devices[:1] if alone else devices
+    sizes = parallel.sizes(len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def require_even_batches(config: Config, mesh: Mesh) -> None:
+    """Raise ConfigError where a batch or micro-batch of `config` cannot be cut evenly."""
+    training, ranks = config.training, sizes_of(mesh).data_ranks
+    for name in ("batch_increment", "micro_batch"):
+        value = getattr(training, name)
+        if value is not None and value % ranks:
+            raise ConfigError(
+                f"training.{name} = {value} does not divide over parallel.replica · node · local "
+                f"= {ranks} devices"
+            )
+
+
+def sizes_of(mesh: Mesh) -> Sizes:
+    return Sizes(*(mesh.shape[axis] for axis in AXES))
+
+
+def place_of(config: Config, sizes: Sizes, name: str, shape: tuple[int, ...]) -> Place:
+    """Where the parameter of that name and shape lies, or a moment or average of it."""
+    rule = next(rule for rule in TABLE if re.search(rule.pattern, name))
+    axes = [axis for axis, size in zip(AXES, sizes, strict=True) if size > 1]
+    owned = ()
+    if rule.by_expert and config.parallel.carried_by != "local":
+        owned = tuple(axis for axis in axes if axis in EXPERTS)
+    cuts: dict[int, tuple[str, ...]] = {}
+    rest = []
+    left = {dimension: shape[dimension] for dimension in (-1, -2)} if rule.matrix else {}
+    for axis in (axis for axis in axes if axis not in owned):
+        size = getattr(sizes, axis)
+        fitting = [dimension for dimension, length in left.items() if length % size == 0]
+        if not fitting:
+            rest.append(axis)
+            continue
+        best = max(fitting, key=lambda dimension: (dimension in cuts, left[dimension]))
+        cuts[best] = (*cuts.get(best, ()), axis)
+        left[best] //= size
+    multiplied = config.training.compute_dtype if config.model.dot == Bf16Dot() else "float32"
+    return Place(owned, tuple(cuts.items()), tuple(rest), rule.wire or multiplied)
+
+
+def shardings(config: Config, mesh: Mesh, state):
+    """For every array of a state, or of anything that holds parameters by their names."""
+
+    def one(path, leaf):
+        place = place_of(config, sizes_of(mesh), path_of(path), leaf.shape)
+        return NamedSharding(mesh, place.spec(len(leaf.shape)))
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of tokens [B, S]: every device has B / data ranks of the sequences."""
+    return NamedSharding(mesh, jax.P(DATA))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Of what every device holds whole."""
+    return NamedSharding(mesh, jax.P())
+
+
+def in_host_memory(sharding):
+    """The tree of shardings in the pinned host memory of the same devices."""
+    return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), sharding)
+
+
+def shard_of(config: Config, mesh: Mesh, params) -> Shard:
+    """What the model's code on one device of the mesh has to know; `params` may be abstract."""
+    sizes = sizes_of(mesh)
+    if sizes.devices == 1:
+        return Shard()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    places = tuple(
+        (path_of(path), place_of(config, sizes, path_of(path), leaf.shape)) for path, leaf in leaves
+    )
+    return Shard(
+        size=sizes.devices,
+        data_ranks=sizes.data_ranks,
+        data=DATA,
+        hops=hops_of(config, sizes),
+        expert_rows=config.parallel.expert_rows,
+        places=places,
+        by_layer=config.parallel.parameters == "fsdp",
+    )
+
+
+def hops_of(config: Config, sizes: Sizes) -> tuple[Hop, ...]:
+    """The way of a token to its experts."""
+    moe, hops = config.model.moe, []
+    for axes in WAYS[config.parallel.carried_by]:
+        axes = tuple(axis for axis in axes if getattr(sizes, axis) > 1)
+        ranks = math.prod(getattr(sizes, axis) for axis in axes)
+        copies = min(ranks, moe.experts_per_token)
+        if axes == ("node",) and moe.groups % ranks == 0:
+            copies = min(copies, moe.groups_per_token)
+        if axes:
+            hops.append(Hop(axes, ranks, copies))
+    return tuple(hops)
+
+
+def describe(config: Config, mesh: Mesh) -> str:
+    """The devices of a run in words."""
+    if mesh.size == 1:
+        others = jax.device_count() - 1
+        return f"{platform()}" + (f", 1 of {others + 1} devices (see parallel)" if others else "")
+    axes = " · ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    run = config.parallel
+    return f"{mesh.size} x {platform()}: {axes}; experts {run.carried_by}, {run.parameters}"
+
+
+def on_one_device(tree, mesh: Mesh):
+    """The arrays of `tree`, cut over `mesh`, whole on this process's first device."""
+    device = jax.local_devices()[0]
+
+    def one(x: jax.Array):
+        if x.is_fully_addressable:
+            return jax.device_put(x, device)
+        return jax.device_put(x, everywhere(mesh)).addressable_data(0)
+
+    return jax.tree.map(one, tree)
 
 
 def on_this_platform(config: Config) -> Config:
@@ -19,12 +187,6 @@ def on_this_platform(config: Config) -> Config:
     """
     dot = placed(config.model.dot, platform())
     return replace(config, model=replace(config.model, dot=dot))
-
-
-def host_sharding() -> jax.sharding.Sharding:
-    """Placement in the pinned host memory of the default device."""
-    device = jax.local_devices()[0]
-    return jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
 
 
 def platform() -> str:

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
-from dsv3.config import Config, Model, Training
+from dsv3.cluster import Parallel
+from dsv3.config import Config, Training
 from dsv3.model.router import RouterBias
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.mesh import host_sharding
+from dsv3.parallel import mesh as meshes
+from dsv3.parallel.shard import ALONE, Shard
 from dsv3.training.optimizer import adamw
 
 
@@ -45,36 +48,58 @@ def merge(graph: nnx.GraphDef, params: nnx.State, router_bias: nnx.State) -> Tra
     return nnx.merge(graph, params, router_bias)
 
 
-def graphdef(config: Config) -> nnx.GraphDef:
+def graphdef(config: Config, shard: Shard = ALONE) -> nnx.GraphDef:
     """The static half of the model, without making any array."""
-    return split(jax.eval_shape(lambda: _initial_model(config.model, config.training)))[0]
+    key = jax.random.key(0)
+    return split(jax.eval_shape(lambda: Transformer(key, config.model, shard)))[0]
 
 
-def create(config: Config) -> TrainState:
-    """The state before the first step, from `training.seed`; made by one jitted program."""
-    return _placed(_fresh(config.model, config.training))
+def create(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """The state before the first step, from `training.seed`; made by one jitted program, each
+    device its own part. Without a mesh it lies on one device."""
+    mesh = mesh or meshes.build(Parallel())
+    return _creation(_what_matters(config), mesh)()
 
 
-def from_model(config: Config, model: Transformer) -> TrainState:
+def from_model(config: Config, model: Transformer, mesh: Mesh | None = None) -> TrainState:
     """The state that starts training from `model`'s parameters."""
-    return _placed(jax.jit(_start, static_argnums=0)(config.training, model))
+    state = jax.jit(_start, static_argnums=0)(config.training, model)
+    return jax.device_put(state, placement(config, mesh or meshes.build(Parallel())))
 
 
-def abstract(config: Config) -> TrainState:
+def abstract(config: Config, mesh: Mesh | None = None) -> TrainState:
     """Shapes, dtypes and placement of the state, for restoring into."""
-    state = jax.eval_shape(lambda: _fresh(config.model, config.training))
-    host = host_sharding()
-    ema = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), state.ema)
-    return replace(state, ema=ema)
+    config, mesh = _what_matters(config), mesh or meshes.build(Parallel())
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        _shapes(config), placement(config, mesh),
+    )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _fresh(model: Model, training: Training) -> TrainState:
-    return _start(training, _initial_model(model, training))
+def placement(config: Config, mesh: Mesh) -> TrainState:
+    """The sharding of every array of the state; the average lies in host memory."""
+    shardings = meshes.shardings(config, mesh, _shapes(_what_matters(config)))
+    return replace(shardings, ema=meshes.in_host_memory(shardings.ema))
 
 
-def _initial_model(model: Model, training: Training) -> Transformer:
-    return Transformer(jax.random.key(training.seed), model)
+@functools.cache
+def _creation(config: Config, mesh: Mesh):
+    return jax.jit(lambda: _fresh(config), out_shardings=placement(config, mesh))
+
+
+@functools.cache
+def _shapes(config: Config) -> TrainState:
+    return jax.eval_shape(lambda: _fresh(config))
+
+
+def _what_matters(config: Config) -> Config:
+    """Equal for configurations whose states are alike."""
+    return replace(Config(), model=config.model, training=config.training, parallel=config.parallel)
+
+
+def _fresh(config: Config) -> TrainState:
+    model = Transformer(jax.random.key(config.training.seed), config.model)
+    return _start(config.training, model)
 
 
 def _start(training: Training, model: Transformer) -> TrainState:
@@ -91,7 +116,3 @@ def _start(training: Training, model: Transformer) -> TrainState:
         moments=adamw(training.optimizer).init(params),
         ema=ema,
     )
-
-
-def _placed(state: TrainState) -> TrainState:
-    return replace(state, ema=jax.device_put(state.ema, host_sharding()))

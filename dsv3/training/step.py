@@ -17,31 +17,42 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh
 
+from dsv3.cluster import Parallel
 from dsv3.config import AuxFree, Config
 from dsv3.model.router import updated_bias
 from dsv3.model.transformer import Stats
+from dsv3.parallel import mesh as meshes
 from dsv3.training.losses import Losses, training_loss
 from dsv3.training.optimizer import adamw
 from dsv3.training.schedules import learning_rate, value_at
-from dsv3.training.state import TrainState, graphdef, merge
+from dsv3.training.state import TrainState, abstract, graphdef, merge, placement
 
 Metrics = dict[str, Array]
 
 
-def make_step(config: Config) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
+def make_step(
+    config: Config, mesh: Mesh | None = None
+) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """The jitted step: (state, int32 tokens [B, T + 1]) to (state, metrics); donates the state.
 
     Metrics are scalars, and `load` int32 [L, E]: the expert counts of the step. Configurations that
-    differ in neither model nor training share one compiled step.
+    differ in neither model, training nor mesh share one compiled step. Without a mesh it is a step
+    of one device; with one, tokens are the whole batch, lying as `mesh.batch_sharding` says or not
+    on any device yet. Raises ConfigError where the batches of `config` do not divide.
     """
-    return _jitted_step(replace(Config(), model=config.model, training=config.training))
+    mesh = mesh or meshes.build(Parallel())
+    meshes.require_even_batches(config, mesh)
+    matters = {"model": config.model, "training": config.training, "parallel": config.parallel}
+    return _jitted_step(replace(Config(), **matters), mesh)
 
 
 @functools.cache
-def _jitted_step(config: Config):
+def _jitted_step(config: Config, mesh: Mesh):
     training = config.training
-    graph, optimizer = graphdef(config), adamw(training.optimizer)
+    optimizer = adamw(training.optimizer)
+    gradients_of = _gradients(config, mesh)
 
     def step(state: TrainState, tokens_BS: Array) -> tuple[TrainState, Metrics]:
         tokens = state.sequences.astype(jnp.float32) * training.sequence_length
@@ -49,7 +60,9 @@ def _jitted_step(config: Config):
         rate = learning_rate(training, state.step.astype(jnp.float32), fraction)
         mtp_weight = value_at(training.mtp_weight, fraction)
 
-        gradients, losses, stats = _gradients(config, graph, state, tokens_BS, mtp_weight)
+        gradients, losses, stats = gradients_of(
+            state.params, state.router_bias, tokens_BS, mtp_weight
+        )
         norm = optax.tree.norm(gradients)
         gradients = jax.tree.map(
             lambda g: g * jnp.minimum(1.0, training.clip_norm / (norm + 1e-6)), gradients
@@ -76,25 +89,56 @@ def _jitted_step(config: Config):
         )
         return state, _metrics(state, losses, stats, norm, rate)
 
-    return jax.jit(step, donate_argnums=0)
+    placed = placement(config, mesh)
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(placed, meshes.batch_sharding(mesh)),
+        out_shardings=(placed, meshes.everywhere(mesh)),
+    )  # fmt: skip
 
 
-def _gradients(config: Config, graph, state: TrainState, tokens_BS: Array, mtp_weight: Array):
-    """FP32 gradients, losses and counts of the whole batch, micro-batch after micro-batch."""
-    dtype = jnp.dtype(config.training.compute_dtype)
-    size = config.training.micro_batch or tokens_BS.shape[0]
-    pieces = tokens_BS.reshape(-1, size, tokens_BS.shape[1])
+def _gradients(config: Config, mesh: Mesh):
+    """(parameters, router bias, tokens, MTP weight) to gradients, losses and counts.
 
-    def loss(params, tokens):
-        model = merge(graph, params, state.router_bias)
-        return training_loss(model, tokens, mtp_weight, dtype)
+    On several devices each runs this on its part of all of them, see `shard`. The loss of a device
+    is its share of the whole loss, so that gradients are sums.
+    """
+    dtype, micro_batch = jnp.dtype(config.training.compute_dtype), config.training.micro_batch
+    params = abstract(config, mesh).params
+    shard = meshes.shard_of(config, mesh, params)
+    graph = graphdef(config, shard)
 
-    def one(tokens):
-        (_, (losses, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
-            state.params, tokens
+    def of_one_device(params, router_bias, tokens_BS: Array, mtp_weight: Array):
+        whole, cut_again = jax.vjp(shard.params, params)
+
+        def loss(params, tokens):
+            model = merge(graph, params, router_bias)
+            total, parts = training_loss(model, tokens, mtp_weight, dtype)
+            return total / shard.size, parts
+
+        def one(tokens):
+            (_, (losses, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(whole, tokens)
+            return gradients, losses, stats
+
+        size = micro_batch // shard.data_ranks if micro_batch else tokens_BS.shape[0]
+        gradients, losses, stats = _accumulated(
+            one, tokens_BS.reshape(-1, size, tokens_BS.shape[1])
         )
-        return gradients, losses, stats
+        [gradients] = cut_again(gradients)
+        losses = jax.tree.map(shard.mean, losses)
+        counts_LE = shard.sum(stats.counts_LE)
+        return gradients, losses, stats._replace(counts_LE=counts_LE)
 
+    if mesh.size == 1:
+        return of_one_device
+    specs = jax.tree.map(lambda x: x.sharding.spec, params)
+    return jax.shard_map(
+        of_one_device, mesh=mesh, in_specs=(specs, jax.P(), jax.P(meshes.DATA), jax.P()),
+        out_specs=(specs, jax.P(), jax.P()), check_vma=False,
+    )  # fmt: skip
+
+
+def _accumulated(one: Callable, pieces: Array):
+    """Gradients and losses of `one` piece after the other, their mean; counts, their sum."""
     if len(pieces) == 1:
         return one(pieces[0])
 

@@ -1,0 +1,114 @@
+"""What one device of a mesh does that a lone device need not: the model's view of the others.
+
+A step's loss and gradient run as one program per device (`jax.shard_map`, every axis manual): the
+device has its rows of the batch, its experts, and its cut of every other parameter. The model is
+the same code as on one device. It is handed a `Shard`, a static value like the dot rule, which
+does three things: bring rows to experts (`exchange`), gather a layer's parameters for use, and
+take a mean over all devices. `ALONE`, the default, does nothing at all and is the oracle.
+
+Gathering is a function with its own derivative. Forward, each device's cut is cast to the format
+that products multiply anyway, so BF16 travels and not FP32. Backward, FP32 gradients of the whole
+are summed over devices and each keeps its cut: the all-gather's transpose is the reduce-scatter.
+Parameters that no axis divides, and experts beyond their own ranks, are summed over what is left.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+from jax import Array, lax
+
+from dsv3.parallel.exchange import Hop, through_experts
+
+
+class Place(NamedTuple):
+    """How one parameter lies on the mesh, its dimensions counted from the last, -1."""
+
+    experts: tuple[str, ...]  # axes over which dimension -3, the experts, is cut for good
+    cuts: tuple[tuple[int, tuple[str, ...]], ...]  # dimension, and axes to gather it over
+    rest: tuple[str, ...]  # axes that hold copies
+    wire: str  # the dtype in which it travels
+
+    def spec(self, ndim: int) -> jax.P:
+        """The partition spec of an array of so many dimensions."""
+        axes = dict(self.cuts) | ({-3: self.experts} if self.experts else {})
+        return jax.P(*(axes.get(dimension) for dimension in range(-ndim, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gathered(place: Place, cut: Array) -> Array:
+    """The whole parameter of a device's cut; gradients are summed over the mesh and cut again."""
+    whole = cut.astype(place.wire) if place.cuts else cut
+    for dimension, axes in place.cuts:
+        whole = lax.all_gather(whole, axes, axis=dimension % cut.ndim, tiled=True)
+    return whole.astype(cut.dtype)
+
+
+def _summed(place: Place, gradient: Array) -> Array:
+    for dimension, axes in place.cuts:
+        gradient = lax.psum_scatter(
+            gradient, axes, scatter_dimension=dimension % gradient.ndim, tiled=True
+        )
+    return lax.psum(gradient, place.rest) if place.rest else gradient
+
+
+gathered.defvjp(
+    lambda place, cut: (gathered(place, cut), None),
+    lambda place, _, gradient: (_summed(place, gradient),),
+)
+
+STACKS = ("dense.", "moe.")  # parameters that `lax.scan` walks over, layer by layer
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One device of `size`; the batch is cut over the axes `data`, of `data_ranks` devices."""
+
+    size: int = 1
+    data_ranks: int = 1
+    data: tuple[str, ...] = ()
+    hops: tuple[Hop, ...] = ()  # the way of a token to its experts
+    expert_rows: float | None = None
+    places: tuple[tuple[str, Place], ...] = ()  # of every parameter, by its path
+    by_layer: bool = False  # stacks are gathered in the scan over layers, not before it
+
+    def params(self, cuts):
+        """All parameters whole, but for stacks that are gathered by layer."""
+        return self._gathered(cuts, "", skip=STACKS if self.by_layer else ())
+
+    def layer(self, stack: str, block):
+        """One block of the stack `stack`, whole."""
+        return self._gathered(block, stack, skip=()) if self.by_layer else block
+
+    def _gathered(self, tree, prefix: str, skip: tuple[str, ...]):
+        places = dict(self.places)
+
+        def one(path, leaf):
+            name = prefix + path_of(path)
+            here = name in places and not name.startswith(skip or "\0")
+            return gathered(places[name], leaf) if here else leaf
+
+        return jax.tree_util.tree_map_with_path(one, tree) if places else tree
+
+    def experts(self, dot, work, weights, u_XD: Array, experts_XK: Array, gates_XK: Array) -> Array:
+        """`work` on the rows of every expert, wherever it lives; see `exchange`."""
+        operands = u_XD, experts_XK, gates_XK
+        return through_experts(self.hops, self.expert_rows, dot, work, weights, *operands)
+
+    def mean(self, x: Array) -> Array:
+        """Over the pieces of the batch."""
+        return lax.pmean(x, self.data) if self.data else x
+
+    def sum(self, tree):
+        """Over the pieces of the batch."""
+        return lax.psum(tree, self.data) if self.data else tree
+
+
+ALONE = Shard()
+
+
+def path_of(path) -> str:
+    """The name of a parameter in the model, 'moe.attention.o.w', from its path in a tree."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return name.removesuffix(".value")
