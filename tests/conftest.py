@@ -8,7 +8,11 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is first imported
 # Tests compile far longer than they compute: leave out what makes code fast and compiling slow.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Eight virtual devices for tests of meshes; whatever names no mesh runs on the first alone.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
+)
 
 import hypothesis
 import jax
