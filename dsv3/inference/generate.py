@@ -1,33 +1,36 @@
-"""Completing prompts, by running the whole sequence again for every new token.
+"""Completing prompts: prompts in, completions out (the loop between them is `decode`).
 
-Prompts of unequal length are left-aligned in one buffer [B, S]. A step computes the hidden states
-of the whole buffer, takes each row's at its last token, applies the head there only, samples and
-appends. What lies to the right of a row's last token is not seen, by causality, so rows do not
-influence each other. All steps are one `lax.while_loop`; S is a power of two, so that few
-programs are compiled. A step costs a forward pass over S tokens: with a cache of the latents
-`generate` keeps its signature, and only `_append_all` changes.
+Prompts of unequal length are left-aligned in one buffer [B, S] with room for what they may become;
+S is a power of two, and so is the length that prompts are padded to, so that few programs are
+compiled. A step costs one token's pass through the model and a reading of the latents that are
+cached so far; `rerun` does the same without a cache, and is what this is tested against.
 
 Every prompt begins with an eos token: in training a document follows the eos of the one before
 it, and none begins with bos. An empty prompt is that eos alone, so the model writes a document.
 Fill-in-the-middle prompts have the layout of §4.1 (prefix, suffix, middle), after the same eos.
+
+A completion ends at a stop token, or where its text holds a stop string. Strings are looked for
+between portions of PORTION steps, in text: they may begin and end within tokens.
 """
 
-import functools
-from collections.abc import Sequence
+import bisect
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
 
 from dsv3.config import Config
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import ConfigError, UserError
+from dsv3.inference import decode
+from dsv3.inference.cache import FormName
+from dsv3.inference.decode import Plan, State
 from dsv3.inference.sampling import Sampler
 from dsv3.model.transformer import Transformer
 
 SHORTEST = 64  # tokens in the smallest buffer
+PORTION = 16  # steps between two searches for a stop string
 
 
 class PromptError(UserError):
@@ -38,7 +41,12 @@ class Completion(NamedTuple):
     """New tokens of one prompt; a stop token ends it and is not among them."""
 
     tokens: list[int]
-    stopped: bool  # by a stop token; else it ran to max_tokens or to the end of the context
+    stopped: bool  # by a stop token or `ends`; else it ran to max_tokens or the end of the context
+    steps: int = 0  # passes of the main model, each of one token or of one and the drafts
+    kept: int = 0  # drafts that it kept in them
+
+
+Ends = Callable[[list[int]], int | None]  # of a completion's tokens: how many it has, if it ends
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -72,18 +80,54 @@ def generate(
     context: int,
     seed: int = 0,
     dtype: jnp.dtype | None = None,
+    ends: Ends | None = None,
+    cache: FormName = "compute",
+    drafts: int = 0,
 ) -> list[Completion]:
     """Complete every prompt by at most `max_tokens`, until a `stop` id or `context` tokens in all.
 
     Only ids below `vocab` are chosen: rows of the embedding beyond the tokenizer's are padding.
     The same seed gives prompt i the same completion, whatever stands beside it. `dtype` is that
-    of the blocks; the head computes in FP32. Raises PromptError for a prompt that is empty or
-    leaves no room, ConfigError for a number that cannot be.
+    of the blocks; the head computes in FP32. `ends` cuts a completion otherwise than by its last
+    token: see `at_text`. `cache` says how latents are stored. The first `drafts` MTP modules
+    propose tokens ahead (`speculative`), which changes no greedy completion, nor the distribution
+    of others.
+
+    Raises PromptError for a prompt that is empty or leaves no room, ConfigError for a number that
+    cannot be.
     """
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens = {max_tokens} must be at least 1")
+    length_B, limit_B = _room(prompts, max_tokens, context)
     if not 0 <= seed < 2**31:
         raise ConfigError(f"seed = {seed} must lie in [0, 2^31)")
+    if not 0 <= drafts <= len(model.mtp):
+        raise ConfigError(f"drafts = {drafts}, but the model has {len(model.mtp)} MTP modules")
+    buffer_BS = np.zeros((len(prompts), _size(limit_B.max())), np.int32)
+    for row, prompt in zip(buffer_BS, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    own = jnp.dtype(dtype or model.embedding.table.dtype)
+    plan = Plan(sampler, vocab, own, drafts, cache)
+    prompt = _size(length_B.max() - 1)
+    state = decode.begin(plan, model, buffer_BS, length_B, seed, prompt)
+    arguments = limit_B, np.array(stop, np.int32), seed
+    if ends is None:
+        state = decode.advance(plan, model, state, *arguments, max_tokens)
+        return _completions(state, length_B, [None] * len(prompts))
+    found: list[int | None] = [None] * len(prompts)
+    while not _all_ended(state, limit_B):
+        state = decode.advance(plan, model, state, *arguments, PORTION)
+        so_far = _completions(state, length_B, found)
+        found = [ends(c.tokens) if n is None else n for c, n in zip(so_far, found, strict=True)]
+        ended_B = np.array([n is not None for n in found])
+        state = state._replace(stopped_B=state.stopped_B | ended_B)
+    return _completions(state, length_B, found)
+
+
+def _room(
+    prompts: Sequence[Sequence[int]], max_tokens: int, context: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [B]: the tokens of each prompt, and how many it may become."""
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens = {max_tokens} must be at least 1")
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not length_B.size or not length_B.all():
         raise PromptError("there is no prompt, or one of no tokens; begin with eos")
@@ -91,56 +135,57 @@ def generate(
         raise PromptError(
             f"a prompt of {longest} tokens leaves no room in the context of {context} tokens"
         )
-    limit_B = np.minimum(length_B + min(max_tokens, context), context)
-    buffer_BS = np.zeros((len(prompts), _size(limit_B.max())), np.int32)
-    for row, prompt in zip(buffer_BS, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    rows = _Rows(jnp.asarray(buffer_BS), jnp.asarray(length_B), jnp.zeros(len(prompts), bool))
-    rows = _append_all(model, rows, limit_B, np.array(stop, np.int32), seed, sampler, vocab, dtype)
-    return [
-        Completion(tokens[start : end - stopped].tolist(), bool(stopped))
-        for tokens, start, end, stopped in zip(
-            np.asarray(rows.tokens_BS), length_B, np.asarray(rows.length_B),
-            np.asarray(rows.stopped_B), strict=True,
-        )
-    ]  # fmt: skip
+    return length_B, np.minimum(length_B + min(max_tokens, context), context)
+
+
+def _all_ended(state: State, limit_B: np.ndarray) -> bool:
+    return bool(np.all(np.asarray(state.stopped_B) | (np.asarray(state.length_B) >= limit_B)))
+
+
+def _completions(
+    state: State, prompt_B: np.ndarray, found: Sequence[int | None]
+) -> list[Completion]:
+    """What the rows hold behind their prompts; of a row that `found` ended, so many tokens."""
+    tokens_BS, length_B, stopped_B, steps_B, kept_B = map(np.asarray, state[:5])
+    completions = []
+    for row, count in enumerate(found):
+        if count is None:
+            count = length_B[row] - prompt_B[row] - stopped_B[row]
+        tokens = tokens_BS[row, prompt_B[row] :][:count].tolist()
+        numbers = int(steps_B[row]), int(kept_B[row])
+        completions.append(Completion(tokens, bool(stopped_B[row]), *numbers))
+    return completions
 
 
 def _size(tokens: int) -> int:
     return max(SHORTEST, 1 << (int(tokens) - 1).bit_length())
 
 
-class _Rows(NamedTuple):
-    tokens_BS: Array  # int32, prompt and completion from the left
-    length_B: Array  # int32, how many of them
-    stopped_B: Array  # bool, the last one is a stop token
+def at_text(tokenizer: Tokenizer, strings: Sequence[str]) -> Ends:
+    """Ends a completion with the first token by which its text holds one of `strings`."""
+
+    def ends(tokens: list[int]) -> int | None:
+        def held(count: int) -> bool:
+            return _cut(tokenizer.decode(tokens[:count]), strings) is not None
+
+        if not held(len(tokens)):
+            return None
+        return bisect.bisect_left(range(len(tokens)), True, key=held)
+
+    return ends
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "vocab", "dtype"))
-def _append_all(model, rows: _Rows, limit_B, stop, seed, sampler: Sampler, vocab: int, dtype):
-    """Rows after tokens were appended until each has stopped or reached its limit."""
-    each_B = jnp.arange(rows.length_B.size)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), each_B)
-
-    def running_B(rows: _Rows) -> Array:
-        return ~rows.stopped_B & (rows.length_B < limit_B)
-
-    def append(rows: _Rows) -> _Rows:
-        last_BD = model.hidden(rows.tokens_BS, dtype=dtype).main_BTD[each_B, rows.length_B - 1]
-        logits_BV = model.head(last_BD.astype(jnp.float32))[:, :vocab]
-        token_B = sampler(jax.vmap(jax.random.fold_in)(keys_B, rows.length_B), logits_BV)
-        on_B = running_B(rows)
-        kept_B = rows.tokens_BS.at[each_B, rows.length_B].get(mode="clip")
-        written_BS = rows.tokens_BS.at[each_B, rows.length_B].set(
-            jnp.where(on_B, token_B, kept_B), mode="drop"
-        )
-        stopped_B = rows.stopped_B | on_B & jnp.isin(token_B, stop)
-        return _Rows(written_BS, rows.length_B + on_B, stopped_B)
-
-    return lax.while_loop(lambda rows: jnp.any(running_B(rows)), append, rows)
+def _cut(text: str, strings: Sequence[str]) -> int | None:
+    """Where the first of `strings` begins in `text`."""
+    return min((at for s in strings if (at := text.find(s)) >= 0), default=None)
 
 
-def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
-    """The text of a completion; a character that its end cut in two is left out."""
+def completion_text(
+    tokenizer: Tokenizer, completion: Completion, strings: Sequence[str] = ()
+) -> str:
+    """The text of a completion up to the first of `strings`; a character that its end cut in two
+    is left out."""
     text = tokenizer.decode(completion.tokens)
+    if (end := _cut(text, strings)) is not None:
+        return text[:end]
     return text if completion.stopped else text.removesuffix("\ufffd")

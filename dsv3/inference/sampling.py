@@ -1,7 +1,9 @@
 """Choosing the next token from logits.
 
-A sampler is a frozen, hashable callable `sampler(keys_B, logits_BV) -> token_B`, static to
-`jax.jit`. Every row draws from its own key, so what it gets does not depend on the rows beside it.
+A sampler is frozen and hashable, static to `jax.jit`, and has two halves: `probabilities` says with
+what chance each token is chosen, `draw` chooses by them. Called, it does one after the other;
+speculative decoding stands between the two. Every row draws from its own key, so what it gets does
+not depend on the rows beside it.
 
     Greedy()                               the most likely token; ties go to the lower id
     Random(temperature, top_k, top_p)      p ∝ exp(logits / temperature), cut to the `top_k` most
@@ -12,7 +14,7 @@ Ranks, not thresholds, make the cuts: exactly `top_k` tokens stay when logits ti
 """
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import jax
@@ -21,19 +23,35 @@ from jax import Array
 
 from dsv3.errors import ConfigError
 
-Sampler = Callable[[Array, Array], Array]
 
+class Sampler(ABC):
+    """The contract; see the module docstring."""
 
-@dataclass(frozen=True)
-class Greedy:
-    """token_B = argmax of logits_BV; the keys are not used."""
+    @abstractmethod
+    def probabilities(self, logits_BV: Array) -> Array:
+        """float32 p_BV, summing to 1 over V, zero for a token that is never chosen."""
+
+    @abstractmethod
+    def draw(self, keys_B: Array, p_BV: Array) -> Array:
+        """int32 token_B by probabilities, which need not sum to 1."""
 
     def __call__(self, keys_B: Array, logits_BV: Array) -> Array:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return self.draw(keys_B, self.probabilities(logits_BV))
 
 
 @dataclass(frozen=True)
-class Random:
+class Greedy(Sampler):
+    """token_B = argmax of logits_BV; the keys are not used."""
+
+    def probabilities(self, logits_BV: Array) -> Array:
+        return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
+
+    def draw(self, keys_B: Array, p_BV: Array) -> Array:
+        return jnp.argmax(p_BV, axis=-1).astype(jnp.int32)
+
+
+@dataclass(frozen=True)
+class Random(Sampler):
     """A draw for each row; raises ConfigError for a temperature or cut that cannot be."""
 
     temperature: float = 1.0
@@ -48,15 +66,22 @@ class Random:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p} must lie above 0 and at most at 1")
 
-    def __call__(self, keys_B: Array, logits_BV: Array) -> Array:
+    def probabilities(self, logits_BV: Array) -> Array:
+        logits_BV = logits_BV.astype(jnp.float32)
+        if self.top_k is None and self.top_p is None:  # nothing to sort for
+            above_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+            return jax.nn.softmax(above_BV / self.temperature, axis=-1)
         order_BV = jnp.argsort(logits_BV, axis=-1, descending=True)
-        ranked_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1).astype(jnp.float32)
-        rank_B = jax.vmap(jax.random.categorical)(keys_B, self.cut(ranked_BV))
-        return jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+        ranked_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+        p_BV = jax.nn.softmax(self.cut(ranked_BV), axis=-1)
+        return jnp.take_along_axis(p_BV, jnp.argsort(order_BV, axis=-1), axis=-1)
+
+    def draw(self, keys_B: Array, p_BV: Array) -> Array:
+        return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
 
     def cut(self, ranked_BV: Array) -> Array:
         """Logits in descending order, over the temperature, -inf where a cut drops the token."""
-        ranked_BV = (ranked_BV - ranked_BV[:, :1]) / self.temperature
+        ranked_BV = (ranked_BV - ranked_BV[:, :1]) / self.temperature  # finite at any temperature
         if self.top_k is not None:
             kept_V = jnp.arange(ranked_BV.shape[1]) < self.top_k
             ranked_BV = jnp.where(kept_V[None], ranked_BV, -jnp.inf)

@@ -22,6 +22,8 @@ from dsv3.numerics.rule import DotRule
 from dsv3.parallel.dispatch import combine, dispatch, dispatch_gates, layout_of
 from dsv3.parallel.shard import ALONE, Shard
 
+MIN_BLOCK = 4  # rows: blocks are no longer than an expert can have tokens, rounded up to this
+
 
 @recomputed
 def gated_swiglu(both_PN: Array, gate_P: Array) -> Array:
@@ -58,6 +60,7 @@ def experts_here(
 ) -> Array:
     """y_XD: for each token the sum over its experts, all of `weights`; see `exchange`."""
     gate_EDM, up_EDM, down_EMD = weights
+    block = min(block, -(-u_XD.shape[0] // MIN_BLOCK) * MIN_BLOCK)
     layout = layout_of(experts_XK, gate_EDM.shape[0], block, most)
     layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
     x_PD = save_as("dispatch", dispatch(dot.wire, u_XD, layout))

@@ -45,9 +45,12 @@ class MtpModule(nnx.Module):
     def __call__(
         self, h_BTD: Array, ahead_BTD: Array, rotation: tuple[Array, Array], valid_BT: Array
     ) -> tuple[Array, Routing | None]:
+        return self.block(self.join(h_BTD, ahead_BTD), rotation, valid_BT)
+
+    def join(self, h_BTD: Array, ahead_BTD: Array) -> Array:
+        """h'^k_BTD, what the block works on (Eq. 21)."""
         parts = [self.embedding_norm(ahead_BTD), self.hidden_norm(h_BTD)]
-        joint_BTD = self.project(jnp.concatenate(parts, axis=-1))
-        return self.block(joint_BTD, rotation, valid_BT)
+        return self.project(jnp.concatenate(parts, axis=-1))
 
 
 def tokens_ahead(tokens_BT: Array, depth: int) -> Array:

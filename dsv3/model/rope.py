@@ -55,10 +55,11 @@ def softmax_scale(config: Mla) -> float:
     return scale * _mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
 
 
-def rotation(config: Mla, positions_T: Array) -> tuple[Array, Array]:
-    """cos, sin of the angle of every position and pair: float32 [T, R/2] each."""
+def rotation(config: Mla, positions: Array) -> tuple[Array, Array]:
+    """cos, sin of the angle of every position and pair: float32 [T, R/2] each for positions [T]
+    that all sequences share, [B, T, R/2] for positions [B, T]."""
     w = jnp.asarray(frequencies(config), jnp.float32)
-    angle = positions_T.astype(jnp.float32)[:, None] * w[None, :]
+    angle = jnp.multiply.outer(positions.astype(jnp.float32), w)
     size = 1.0
     if config.yarn is not None:
         yarn = config.yarn
@@ -82,7 +83,8 @@ def rotate_half(x_BTNR: Array, cos_TR: Array, sin_TR: Array) -> Array:
 
 
 def _turn(real: Array, imaginary: Array, cos_TR: Array, sin_TR: Array) -> tuple[Array, Array]:
-    cos, sin = cos_TR[None, :, None, :], sin_TR[None, :, None, :]
+    shape = (-1, real.shape[1], 1, real.shape[3])  # [1 or B, T, 1, R/2]
+    cos, sin = cos_TR.reshape(shape), sin_TR.reshape(shape)
     return real * cos - imaginary * sin, real * sin + imaginary * cos
 
 

@@ -117,10 +117,10 @@ def test_the_context_ends_a_completion(model):
 def test_few_buffer_sizes_and_one_program_for_each(model):
     assert [module._size(n) for n in (1, 64, 65, 128, 1000)] == [64, 64, 128, 128, 1024]
     generate(model, [[1]], Greedy(), 5, **OPTIONS)
-    programs = module._append_all._cache_size()
+    programs = module.decode.advance._cache_size()
     for prompt, tokens, seed in (([1, 2, 3], 9, 1), ([4] * 30, 20, 2)):
         generate(model, [prompt], Greedy(), tokens, **(OPTIONS | {"seed": seed, "context": 64}))
-    assert module._append_all._cache_size() == programs
+    assert module.decode.advance._cache_size() == programs
 
 
 @pytest.mark.parametrize(
