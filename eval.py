@@ -3,9 +3,11 @@
     python eval.py bpb      --workdir runs/tiny            bits per byte on held-out documents
     python eval.py generate --workdir runs/tiny --prompt 'def main(' --temperature 0.8 --top-p 0.95
     python eval.py generate --hf DIR --prompt 'def f(' --fim-suffix 'return x'     what lies between
+    python eval.py generate --workdir runs/tiny --prompt 'def f(' --stop '\n\n' --speculative
     python eval.py logits   --hf DIR --tokens T.npy --out O.npz
 
-`generate` writes the new text to stdout and nothing else. `logits` reads integers [B, T] and writes
+`generate` writes the new text to stdout and nothing else; with `--speculative` it says on stderr how
+many drafts of the MTP modules were right. `logits` reads integers [B, T] and writes
 float32 `logits` [B, T, V], for a model with MTP also `mtp_logits` [B, T, V], its depth 1.
 """
 
@@ -43,6 +45,7 @@ def run_bpb(trained: Trained, config: Config, options: argparse.Namespace) -> No
 
 
 def run_generate(trained: Trained, config: Config, options: argparse.Namespace) -> None:
+    drafts = inference.drafts_of(trained.model) if options.speculative else 0
     tokenizer, context = trained.tokenizer(), inference.context_length(config)
     if options.fim_suffix is None:
         prompt = inference.prompt_tokens(tokenizer, options.prompt)
@@ -58,8 +61,13 @@ def run_generate(trained: Trained, config: Config, options: argparse.Namespace) 
         context=context,
         seed=options.seed,
         dtype=jnp.dtype(config.training.compute_dtype),
+        ends=inference.at_text(tokenizer, options.stop) if options.stop else None,
+        cache=options.cache,
+        drafts=drafts,
     )
-    show(inference.completion_text(tokenizer, completion))
+    show(inference.completion_text(tokenizer, completion, options.stop))
+    if drafts:
+        warn(inference.acceptance([completion], drafts))
     if not completion.stopped and len(completion.tokens) < options.max_tokens:
         warn(f"ended after {len(completion.tokens)} tokens: the context of {context} is full")
 
@@ -72,8 +80,8 @@ def run_logits(trained: Trained, config: Config, options: argparse.Namespace) ->
 
 
 def check_generate(options: argparse.Namespace) -> None:
-    if options.speculative:
-        raise UserError("--speculative is not implemented yet: it needs the latent cache")
+    if "" in options.stop:
+        raise UserError("--stop '' is in every text")
     options.sampler = sampler_of(options.temperature, options.top_k, options.top_p)
 
 
@@ -91,8 +99,12 @@ def parser() -> Parser:
     text.set_defaults(check=check_generate)
     text.add_argument("--prompt", required=True, help="'' lets the model begin a document")
     text.add_argument("--fim-suffix", metavar="TEXT", help="fill in between the prompt and this")
-    text.add_argument("--speculative", action="store_true", help="not implemented yet")
+    text.add_argument("--speculative", action="store_true", help="MTP modules draft tokens ahead")
+    text.add_argument("--cache", choices=inference.FORMS, default="compute",
+                      help="how latents are stored: in the compute dtype, or in FP8")  # fmt: skip
     text.add_argument("--max-tokens", type=int, default=64)
+    text.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                      help="ends the new text, which does not hold it; may be given again")  # fmt: skip
     text.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     text.add_argument("--top-k", type=int)
     text.add_argument("--top-p", type=float)

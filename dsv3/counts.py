@@ -86,14 +86,23 @@ def _attention(model: Model) -> int:
     return queries + compress + keys_values + mla.heads * mla.value_dim * model.width
 
 
-def cache_elements(model: Model) -> int:
-    """Numbers cached for a token at inference: latent and rope key of every main layer."""
-    return model.layers * (model.mla.kv_latent + model.mla.rope_dim)
+def cache_elements(model: Model, drafts: int = 0) -> int:
+    """Numbers cached for a token at inference: latent and rope key of every main layer, and of the
+    MTP modules that draft."""
+    return (model.layers + drafts) * (model.mla.kv_latent + model.mla.rope_dim)
 
 
-def cache_bytes(model: Model, bytes_each: int = 2) -> int:
+def cache_bytes(model: Model, bytes_each: int = 2, drafts: int = 0) -> int:
     """Bytes cached for a token, in BF16 unless told otherwise."""
-    return bytes_each * cache_elements(model)
+    return bytes_each * cache_elements(model, drafts)
+
+
+def fp8_cache_bytes(model: Model, drafts: int = 0) -> int:
+    """Bytes that the FP8 cache takes for a token: a latent's E4M3 numbers, an FP32 scale for every
+    128 of them, the rope key in BF16. 656 a layer for V3."""
+    mla = model.mla
+    one = mla.kv_latent + 4 * -(-mla.kv_latent // 128) + 2 * mla.rope_dim
+    return (model.layers + drafts) * one
 
 
 def training_flops(model: Model, sequence_length: int) -> float:

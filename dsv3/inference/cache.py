@@ -52,14 +52,18 @@ class ComputeForm:
 
 @dataclass(frozen=True)
 class Fp8Form:
-    """E4M3 latents in tiles of 128 with FP32 scales; rope keys in BF16."""
+    """E4M3 latents in tiles of 128 with FP32 scales; rope keys in BF16.
+
+    Kept as bytes: a platform that does not compute in FP8 converts the whole array to write to it.
+    """
 
     def pack(self, c_BTC: Array, k_rope_BTR: Array) -> Parts:
         q = fp8.quantize(c_BTC, fp8.TILE)
-        return q.values, q.scales, k_rope_BTR.astype(jnp.bfloat16)
+        return lax.bitcast_convert_type(q.values, jnp.uint8), q.scales, k_rope_BTR.astype(jnp.bfloat16)
 
     def unpack(self, parts: Parts, dtype: jnp.dtype) -> tuple[Array, Array]:
-        values, scales, k_rope_BTR = parts
+        codes, scales, k_rope_BTR = parts
+        values = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn)
         return fp8.dequantize(fp8.Quantized(values, scales), dtype), k_rope_BTR.astype(dtype)
 
 
@@ -89,14 +93,16 @@ class LatentCache:
         )
 
     def write(
-        self, layer: Array | int, position_BT: Array, c_BTC: Array, k_rope_BTR: Array
+        self, layer: Array | int, row_B: Array, position_BT: Array, c_BTC: Array, k_rope_BTR: Array
     ) -> "LatentCache":
-        """With T more written for each sequence, wherever each is; outside [0, S) nothing is."""
-        each_B1 = jnp.arange(position_BT.shape[0])[:, None]
-        inside_BT = jnp.where(position_BT < 0, self.length, position_BT)
+        """With T more of the sequences `row_B` written, each at its own positions within [0, S).
+
+        A place may be written twice with the same. (So it is for a single token: XLA turns a
+        scatter to one place into a selection that copies the whole array.)
+        """
         packed = FORMS[self.form].pack(c_BTC, k_rope_BTR)
         return self._with(
-            whole.at[layer, each_B1, inside_BT].set(part, mode="drop")
+            whole.at[layer, row_B[:, None], position_BT].set(part, mode="promise_in_bounds")
             for whole, part in zip(self.parts, packed, strict=True)
         )
 

@@ -90,17 +90,17 @@ def advance(
     def step(count_state: tuple[Array, State]) -> tuple[Array, State]:
         count, state = count_state
         n_B = state.length_B
-        position_BT = _from(n_B - 1, plan.drafts + 1)
+        place_BT = _from(n_B, plan.drafts + 1)
+        position_BT = jnp.minimum(place_BT, state.cache.length) - 1
         tokens_BT = _take(state.tokens_BS, position_BT)
         h_BTD, cache = forward.extend(model, state.cache, tokens_BT, position_BT)
         kept_B, token_B = verify(
             plan.sampler,
-            keys(seed, _from(n_B, plan.drafts), ACCEPT),
-            keys(seed, position_BT + 1, TOKEN),
+            keys(seed, place_BT[:, :-1], ACCEPT), keys(seed, place_BT, TOKEN),
             _probabilities(plan, model, h_BTD), state.draft_BJV, tokens_BT[:, 1:],
         )  # fmt: skip
         tokens_BS = _put(state.tokens_BS, n_B + kept_B, token_B)
-        new_BT = _take(tokens_BS, position_BT + 1)
+        new_BT = _take(tokens_BS, place_BT)
         grown_B, stopped_B = _growth(new_BT, kept_B + 1, limit_B - n_B, stop)
         on_B = running_B(state)
         hidden_BD = jnp.concatenate([state.hidden_BWD, h_BTD], axis=1)
@@ -143,8 +143,9 @@ def _draft(plan: Plan, model: Transformer, seed: Array, state: State) -> State:
 
 
 def _window_BW(plan: Plan, length_B: Array) -> Array:
+    """Where the MTP modules run; in front of a short row, its first position over again."""
     width = window(plan.drafts)
-    return _from(length_B - 1 - width, width)
+    return jnp.maximum(_from(length_B - 1 - width, width), 0)
 
 
 def _probabilities(plan: Plan, model: Transformer, h_BTD: Array) -> Array:

@@ -6,7 +6,8 @@
               over the cache. T is 1, or 1 + drafts where some are verified
     propose   an MTP module over a window of positions, likewise
 
-All are pure functions of (model, cache, tokens) with the sequences as leading axis. The layers are
+All are pure functions of (model, cache, tokens) with the sequences as leading axis; positions lie
+within the cache. The layers are
 scanned with the whole cache in the carry, which is then updated where it is.
 
 **One row counts like many.** Matrix products of one row take another path on CPUs than those of
@@ -128,15 +129,14 @@ def _absorbed(model: Transformer, position_BT: Array, row_B: Array) -> Attend:
 
     def attend(mla: Mla, h_BTD: Array, cache: LatentCache, layer: Array | int):
         q_BTNW, c_BTC, k_rope_BTR = mla.project(h_BTD, turn)
-        cache = cache.write(layer, position_BT, c_BTC[:sequences], k_rope_BTR[:sequences])
+        cache = cache.write(layer, row_B, position_BT[row_B], c_BTC, k_rope_BTR)
         q_BTNC, q_BTNR = mla.absorb(q_BTNW)
 
         def keys(start: Array, size: int) -> tuple[Array, Array]:
             return cache.read(layer, start, size)
 
-        seen_BT = jnp.clip(position_BT, 0, cache.length - 1)  # outside, something nobody reads
         z_BTNC = absorbed_attention(
-            q_BTNC[:sequences], q_BTNR[:sequences], keys, cache.length, seen_BT, scale
+            q_BTNC[:sequences], q_BTNR[:sequences], keys, cache.length, position_BT, scale
         )
         return mla.output(mla.values(z_BTNC[row_B])), cache
 

@@ -24,6 +24,7 @@ from dsv3.config import Config
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import ConfigError, UserError
 from dsv3.inference import decode
+from dsv3.inference.cache import FORMS as FORMS
 from dsv3.inference.cache import FormName
 from dsv3.inference.decode import Plan, State
 from dsv3.inference.sampling import Sampler
@@ -67,6 +68,13 @@ def context_length(config: Config) -> int:
     yarn = config.model.mla.yarn
     stretched = int(yarn.factor * yarn.original_length) if yarn else 0
     return max(config.training.sequence_length, stretched)
+
+
+def drafts_of(model: Transformer) -> int:
+    """Tokens that the model can draft: one for each MTP module. Raises ConfigError for none."""
+    if not model.mtp:
+        raise ConfigError("the model has no MTP module to draft with: model.mtp_depths = 0")
+    return len(model.mtp)
 
 
 def generate(
@@ -178,6 +186,15 @@ def at_text(tokenizer: Tokenizer, strings: Sequence[str]) -> Ends:
 def _cut(text: str, strings: Sequence[str]) -> int | None:
     """Where the first of `strings` begins in `text`."""
     return min((at for s in strings if (at := text.find(s)) >= 0), default=None)
+
+
+def acceptance(completions: Sequence[Completion], drafts: int) -> str:
+    """In words: how many drafts were kept, and the tokens that a pass of the main model gave."""
+    steps, kept = sum(c.steps for c in completions), sum(c.kept for c in completions)
+    return (
+        f"speculative: {kept:,} of {steps * drafts:,} drafts accepted "
+        f"({kept / (steps * drafts):.1%}), {1 + kept / steps:.2f} tokens a step of the main model"
+    )
 
 
 def completion_text(
