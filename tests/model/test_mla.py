@@ -10,8 +10,8 @@ import pytest
 
 from dsv3.config import Mla as MlaConfig
 from dsv3.config import Yarn
-from dsv3.model.mla import Mla, causal_attention
-from dsv3.model.rope import frequencies, rotation
+from dsv3.model.mla import Mla, absorbed_attention, causal_attention
+from dsv3.model.rope import frequencies, rotation, softmax_scale
 from dsv3.numerics.dot import PlainDot
 
 B, T = 2, 7
@@ -20,6 +20,11 @@ VARIANTS = {
     "without query latent": {"query_latent": None},
     "with YaRN": {"yarn": Yarn(original_length=8, mscale=1.0, mscale_all_dim=0.5)},
 }
+ABSORBED = {
+    "as in V3": {},
+    "all others": VARIANTS["without query latent"] | VARIANTS["with YaRN"]
+    | {"rope_layout": "half"},
+}  # fmt: skip
 
 
 def with_mla(model, **changes):
@@ -145,3 +150,61 @@ def test_scores_and_softmax_are_fp32_under_bf16_compute():
     o_BTNU = causal_attention(q_BTNW, k_BSNW, v_BSNU, 1.0)
     assert o_BTNU.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float64(o_BTNU[0, 1, 0]), 1 / (1 + np.exp(0.25)), rtol=2**-7)
+
+
+def absorbed(mla, h_BTD):
+    """u_BTD by the absorbed form over a cache that holds all of h's latents."""
+    turn = rotation(mla.config, jnp.arange(h_BTD.shape[1]))
+    q_BTNW, c_BTC, k_rope_BTR = mla.project(h_BTD, turn)
+    spare = 16 - h_BTD.shape[1]  # positions that hold something not to be seen
+    held = [jnp.pad(x, ((0, 0), (0, spare), (0, 0)), constant_values=9) for x in (c_BTC, k_rope_BTR)]
+
+    def keys(start, size):
+        return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in held)
+
+    position_BT = jnp.broadcast_to(jnp.arange(h_BTD.shape[1])[None], h_BTD.shape[:2])
+    z_BTNC = absorbed_attention(
+        *mla.absorb(q_BTNW), keys, 16, position_BT, softmax_scale(mla.config)
+    )
+    return mla.output(mla.values(z_BTNC))
+
+
+@pytest.mark.parametrize("changes", ABSORBED.values(), ids=ABSORBED)
+def test_absorbed_is_expanded(small, fill, monkeypatch, changes):
+    mla, h_BTD = build(fill, with_mla(small, **changes)), random(0, B, T, small.width)
+    for block in (16, 4):  # one block, and two of the four that there is room for
+        monkeypatch.setattr("dsv3.model.mla.KEY_BLOCK", block)
+        # two FP32 orders of summation of values of order 1
+        found = jax.jit(lambda *arguments: absorbed(*arguments))(mla, h_BTD)
+        np.testing.assert_allclose(found, run(mla, h_BTD), atol=2e-5)
+
+
+def test_absorbed_is_expanded_in_bf16(small, fill):
+    mla, h_BTD = build(fill, small), jnp.asarray(random(0, B, T, small.width), jnp.bfloat16)
+    u_BTD = jax.jit(absorbed)(mla, h_BTD)
+    assert u_BTD.dtype == jnp.bfloat16
+    # a few roundings to 8 bits of values up to 3
+    np.testing.assert_allclose(np.float32(u_BTD), np.float32(run(mla, h_BTD)), atol=0.1)
+
+
+def test_a_longer_neighbour_changes_no_bit(small, fill, monkeypatch):
+    """Blocks of keys beyond a query's own position are read for its neighbour's sake alone."""
+    monkeypatch.setattr("dsv3.model.mla.KEY_BLOCK", 4)
+    rng = np.random.default_rng(0)
+    q_BTNC, q_BTNR, c_BSC, k_BSR = (
+        jnp.asarray(rng.normal(size=(2, *shape)), jnp.float32)
+        for shape in [(1, 2, 9), (1, 2, 6), (16, 9), (16, 6)]
+    )
+
+    @jax.jit
+    def attend(position_BT):
+        def keys(start, size):
+            return tuple(
+                jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (c_BSC, k_BSR)
+            )
+
+        return absorbed_attention(q_BTNC, q_BTNR, keys, 16, position_BT, 0.3)
+
+    short, long = (attend(jnp.array([[5], [other]])) for other in (2, 15))
+    np.testing.assert_array_equal(short[0], long[0])
+    assert not np.array_equal(short[1], long[1])
