@@ -6,8 +6,8 @@
     python eval.py generate --workdir runs/tiny --prompt 'def f(' --stop '\n\n' --speculative
     python eval.py logits   --hf DIR --tokens T.npy --out O.npz
 
-`generate` writes the new text to stdout and nothing else; with `--speculative` it says on stderr how
-many drafts of the MTP modules were right. `logits` reads integers [B, T] and writes
+`generate` writes the new text to stdout and nothing else; with `--speculative` it says on stderr
+how many drafts of the MTP modules were right. `logits` reads integers [B, T] and writes
 float32 `logits` [B, T, V], for a model with MTP also `mtp_logits` [B, T, V], its depth 1.
 """
 
@@ -104,7 +104,7 @@ def parser() -> Parser:
                       help="how latents are stored: in the compute dtype, or in FP8")  # fmt: skip
     text.add_argument("--max-tokens", type=int, default=64)
     text.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                      help="ends the new text, which does not hold it; may be given again")  # fmt: skip
+                      help="ends the new text, which leaves it out; repeatable")  # fmt: skip
     text.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     text.add_argument("--top-k", type=int)
     text.add_argument("--top-p", type=float)

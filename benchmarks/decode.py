@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from dsv3.checkpoint import huggingface, hub
+from dsv3.checkpoint import hub, huggingface
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.trained import from_workdir
 from dsv3.cli import Parser
@@ -53,7 +53,7 @@ NEVER = [-1]  # a stop id that no token has
 
 
 def random_model(config: Model, seed: int = 0) -> Transformer:
-    """normal(0, 0.05) in every matrix, gains of 1: nothing to compile, and text without a pattern."""
+    """normal(0, 0.05) in every matrix, gains of 1: nothing to compile."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, abstract):
@@ -113,7 +113,9 @@ def run_context(options: argparse.Namespace) -> None:
         cached = {form: cached_seconds(model, context, form, options.steps) for form in FORMS}
         again = rerun_seconds(model, context)
         cells = [f"{1e3 * s:.2f} ms" for s in (*cached.values(), again)]
-        print(f"| {context:,} | {' | '.join(cells)} | {again / cached['compute']:.1f} |", flush=True)
+        print(
+            f"| {context:,} | {' | '.join(cells)} | {again / cached['compute']:.1f} |", flush=True
+        )
 
 
 # --- transformers ------------------------------------------------------------------------------

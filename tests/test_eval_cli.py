@@ -106,6 +106,21 @@ def test_generate_writes_the_new_text_only(run, workdir):
     assert filled[0] == 0 and filled[1] != out
 
 
+def test_generate_drafts_stops_and_caches_in_fp8(run, workdir):
+    arguments = ["generate", "--workdir", workdir, "--prompt", "abc", "--max-tokens", 9]
+    code, out, err = run(*arguments)
+    drafted = run(*arguments, "--speculative")
+    assert (code, err) == (0, "") and drafted[:2] == (code, out)
+    said = r"speculative: \d+ of \d drafts accepted \(\d+\.\d%\), [12]\.\d\d tokens a step of .*\n"
+    assert re.fullmatch(said, drafted[2])
+    assert run(*arguments, "--stop", "zzz", "--stop", out[2]) == (
+        0,
+        out[: out.index(out[2])] + "\n",
+        "",
+    )
+    assert run(*arguments, "--cache", "fp8")[0] == 0
+
+
 def test_text_goes_to_a_terminal_without_utf8(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
@@ -164,7 +179,11 @@ ERRORS = {
         "bpb --workdir {run} --set evaluation.held_out_bytes=0",
         "there is no held-out text",
     ),
-    "speculative": ("generate --workdir {run} --prompt a --speculative", "not implemented yet"),
+    "speculative": (
+        "generate --hf {golden} --prompt a --speculative",
+        "no MTP module to draft with: model.mtp_depths = 0",
+    ),
+    "cache": ("generate --workdir {run} --prompt a --cache int8", "invalid choice: 'int8'"),
     "temperature": ("generate --workdir {run} --prompt a --temperature -1", "temperature = -1.0"),
     "greedy cut": ("generate --workdir {run} --prompt a --top-p 0.9", "top_p = 0.9 cuts nothing"),
     "max tokens": ("generate --workdir {run} --prompt a --max-tokens 0", "max_tokens = 0"),

@@ -7,13 +7,13 @@ keys and values would be N (H + R + U). A form says how the two are stored:
     compute   c [C], k^R [R]                            in the compute dtype
     fp8       c [C] E4M3, its scales [C / 128] FP32, k^R [R] BF16          656 bytes a token for V3
 
-FP8 latents are scaled in tiles of 128 along C, as the report scales activations. `counts.cache_bytes`
-says what a token takes.
+FP8 latents are scaled in tiles of 128 along C, as the report scales activations. What a token takes
+say `counts.cache_bytes` and `counts.fp8_cache_bytes`.
 
-A cache is a pytree of arrays [L, B, S, ...] over layers (the MTP modules that draft behind the main
-ones), sequences and positions. `write` and `begin` return a new one, which under `jax.jit` is the old
-memory. Positions that were not written, or belong to tokens since rejected, hold something: whoever
-reads masks them.
+A cache is a pytree of arrays [L, B, S, ...] over layers (the MTP modules that draft behind the
+main ones), sequences and positions. `write` and `begin` return a new one, which under `jax.jit` is
+the old memory. Positions that were not written, or belong to tokens since rejected, hold something:
+whoever reads masks them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -59,7 +59,11 @@ class Fp8Form:
 
     def pack(self, c_BTC: Array, k_rope_BTR: Array) -> Parts:
         q = fp8.quantize(c_BTC, fp8.TILE)
-        return lax.bitcast_convert_type(q.values, jnp.uint8), q.scales, k_rope_BTR.astype(jnp.bfloat16)
+        return (
+            lax.bitcast_convert_type(q.values, jnp.uint8),
+            q.scales,
+            k_rope_BTR.astype(jnp.bfloat16),
+        )
 
     def unpack(self, parts: Parts, dtype: jnp.dtype) -> tuple[Array, Array]:
         codes, scales, k_rope_BTR = parts

@@ -61,7 +61,7 @@ def propose(
     model: Transformer, depth: int, cache: LatentCache, h_BWD: Array, ahead_BW: Array,
     position_BW: Array,
 ) -> tuple[Array, LatentCache]:  # fmt: skip
-    """h^depth_BWD before its norm, from h^(depth-1) and the tokens `depth` ahead of `position_BW`."""
+    """h^depth_BWD before its norm, from h^(depth-1) and the tokens `depth` ahead."""
     sequences, row_B = _filled(ahead_BW.shape)
     attend = _absorbed(model, position_BW, row_B)
     h_BWD, cache = _module(model, depth, h_BWD[row_B], ahead_BW[row_B], cache, attend)
@@ -84,8 +84,8 @@ def _filled(shape: tuple[int, ...]) -> tuple[int, Array]:
 def _main(
     model: Transformer, x_BTD: Array, cache: LatentCache, attend: Attend
 ) -> tuple[Array, LatentCache]:
-    def body(carry, layer):
-        return _block(*layer, *carry, attend), None
+    def body(carry: tuple[Array, LatentCache], layer: tuple[Block, Array]):
+        return _block(*layer, *carry, attend=attend), None
 
     dense, layers = model.config.dense_layers, model.config.layers
     for blocks, numbers in (
@@ -103,11 +103,11 @@ def _module(
 ) -> tuple[Array, LatentCache]:  # fmt: skip
     module = model.mtp[depth - 1]
     x_BTD = module.join(h_BTD, model.embedding(ahead_BT, h_BTD.dtype))
-    return _block(module.block, model.config.layers + depth - 1, x_BTD, cache, attend)
+    return _block(module.block, model.config.layers + depth - 1, x_BTD, cache, attend=attend)
 
 
 def _block(
-    block: Block, layer: Array | int, x_BTD: Array, cache: LatentCache, attend: Attend
+    block: Block, layer: Array | int, x_BTD: Array, cache: LatentCache, *, attend: Attend
 ) -> tuple[Array, LatentCache]:
     u_BTD, cache = attend(block.attention, block.attention_norm(x_BTD), cache, layer)
     x_BTD, _ = block.feed_forward(x_BTD + u_BTD, jnp.ones(x_BTD.shape[:2], bool))

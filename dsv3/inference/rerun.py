@@ -41,7 +41,9 @@ def generate_by_rerunning(
     draw = jax.jit(sampler)
     for _ in range(tokens):
         logits_BV = last_logits(model, tokens_BS, length_B, vocab, dtype)
-        keys_B = keys(seed, length_B[:, None], TOKEN)[:, 0]
+        keys_B = keys(jnp.int32(seed), jnp.asarray(length_B)[:, None], TOKEN)[:, 0]
         tokens_BS[each_B, length_B] = draw(keys_B, logits_BV)
         length_B = length_B + 1
-    return [row[len(prompt) :][:tokens].tolist() for row, prompt in zip(tokens_BS, prompts, strict=True)]
+    return [
+        row[len(prompt) :][:tokens].tolist() for row, prompt in zip(tokens_BS, prompts, strict=True)
+    ]

@@ -8,10 +8,11 @@ from p_J, there being no q. Every token is then distributed as p says (Leviathan
 whatever the drafter proposes. p and q are the sampler's, cuts included. For a greedy sampler both
 are certain of one token, and the same rule keeps a draft where it is the main model's own.
 
-J is the number of MTP modules: module k reads h^{k-1} and the token k ahead, so drafts come in a chain,
-each module's state feeding the next, as in training. A module caches latents of its own. Those of
-its last positions stand on drafts; when a draft falls they are wrong, so each time the modules run
-over a window of the last 2 J positions, which reaches back to whatever is not settled yet.
+J is the number of MTP modules: module k reads h^{k-1} and the token k ahead, so drafts come in a
+chain, each module's state feeding the next, as in training. A module caches latents of its own.
+Those of its last positions stand on drafts; when a draft falls they are wrong, so each time the
+modules run over a window of the last 2 J positions, which reaches back to whatever is not settled
+yet. Behind a prompt of one token nothing can be drafted: the first drafts are guesses without worth.
 """
 
 import jax

@@ -16,10 +16,10 @@ costs 2 C + R products a pair and head instead of H + R + U, but no expansion, s
 queries; prompts and training take the expanded form. W^UK and W^UV are then part of the core
 attention and multiply as they are stored, in the compute dtype, whatever the dot rule.
 
-The norms on the two latents are those that the report mentions in §4.2 without an equation; their epsilon is
-1e-6 in the released code and in transformers, whatever the other norms' is. Matrices that read the
-same input are stored as one, with the checkpoint's row order: `kv_a` yields [c^KV ; k^R],
-`q_b` yields [q^C_i ; q^R_i] head by head, `kv_b` yields [k^C_i ; v^C_i] head by head.
+The norms on the two latents are those that the report mentions in §4.2 without an equation; their
+epsilon is 1e-6 in the released code and in transformers, whatever the other norms' is. Matrices
+that read the same input are stored as one, with the checkpoint's row order: `kv_a` yields
+[c^KV ; k^R], `q_b` yields [q^C_i ; q^R_i] head by head, `kv_b` yields [k^C_i ; v^C_i] head by head.
 """
 
 from typing import Protocol

@@ -12,6 +12,7 @@ from dsv3.inference import generate as module
 from dsv3.inference.generate import (
     Completion,
     PromptError,
+    at_text,
     completion_text,
     context_length,
     fim_tokens,
@@ -169,6 +170,43 @@ def test_a_character_cut_at_the_end_is_left_out(tokenizer, content, stopped, tex
     first_byte = tokenizer.vocab_size - 256
     completion = Completion([first_byte + byte for byte in content], stopped)
     assert completion_text(tokenizer, completion) == text
+
+
+BYTES = "naïve 🙂\n\n"  # of which each token of the tokenizer 'bytes' holds one
+
+
+@pytest.mark.parametrize(
+    ("strings", "tokens", "text"),
+    [
+        (["ve"], 6, "naï"),  # over two tokens
+        (["ï"], 4, "na"),  # one character of two tokens, whole with its second
+        (["🙂"], 11, "naïve "),
+        (["\n\n", "\n"], 12, "naïve 🙂"),  # the first to be there
+        (["zz", "ïv"], 5, "na"),
+        (["ive"], None, BYTES),
+        ([], None, BYTES),
+    ],
+)
+def test_a_stop_string_is_found_in_text(tokenizer, strings, tokens, text):
+    ids = tokenizer.encode(BYTES)
+    assert at_text(tokenizer, strings)(ids) == tokens
+    completion = Completion(ids[:tokens], tokens is not None)
+    assert completion_text(tokenizer, completion, strings) == text
+
+
+def test_a_row_ends_where_its_text_does_and_its_neighbours_go_on(model):
+    """Searched for between portions of 16 tokens: ends before, at and behind their borders."""
+    whole = [c.tokens for c in generate(model, PROMPTS, HOT, 40, stop=[38], vocab=37, context=64)]
+    wanted = [3, 16, 17, None]
+
+    def ends(tokens):
+        row = next(i for i, w in enumerate(whole) if w[: len(tokens)] == tokens)
+        count = wanted[row]
+        return count if count is not None and len(tokens) >= count else None
+
+    ended = generate(model, PROMPTS, HOT, 40, stop=[38], vocab=37, context=64, ends=ends)
+    assert [c.tokens for c in ended] == [w[:n] for w, n in zip(whole, wanted, strict=True)]
+    assert [c.stopped for c in ended] == [True, True, True, False]
 
 
 def test_the_context_is_the_trained_length_or_yarns():

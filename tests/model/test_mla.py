@@ -157,7 +157,9 @@ def absorbed(mla, h_BTD):
     turn = rotation(mla.config, jnp.arange(h_BTD.shape[1]))
     q_BTNW, c_BTC, k_rope_BTR = mla.project(h_BTD, turn)
     spare = 16 - h_BTD.shape[1]  # positions that hold something not to be seen
-    held = [jnp.pad(x, ((0, 0), (0, spare), (0, 0)), constant_values=9) for x in (c_BTC, k_rope_BTR)]
+    held = [
+        jnp.pad(x, ((0, 0), (0, spare), (0, 0)), constant_values=9) for x in (c_BTC, k_rope_BTR)
+    ]
 
     def keys(start, size):
         return tuple(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in held)
