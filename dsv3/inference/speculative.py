@@ -12,7 +12,7 @@ J is the number of MTP modules: module k reads h^{k-1} and the token k ahead, so
 chain, each module's state feeding the next, as in training. A module caches latents of its own.
 Those of its last positions stand on drafts; when a draft falls they are wrong, so each time the
 modules run over a window of the last 2 J positions, which reaches back to whatever is not settled
-yet. Behind a prompt of one token nothing can be drafted: the first drafts are guesses without worth.
+yet. Behind a prompt of one token there is nothing to draft from: its first drafts are mere guesses.
 """
 
 import jax
