@@ -77,9 +77,12 @@ def bigram(sign: float):
 
 
 @pytest.mark.parametrize(("sign", "share"), [(1.0, 1), (-1.0, 0)])
-@pytest.mark.parametrize("drafts", [1, 2])
-def test_a_perfect_drafter_is_always_right_and_an_adverse_one_never(sign, share, drafts):
-    model, some = bigram(sign), [[5, 6, 9], [7, 8]]  # of one token nothing can be drafted yet
+def test_a_perfect_drafter_is_always_right_and_an_adverse_one_never(sign, share):
+    drafts, model, some = (
+        2,
+        bigram(sign),
+        [[5, 6, 9], [7, 8]],
+    )  # of one token nothing can be drafted yet
     plain = generate(model, some, Greedy(), 31, **ENDLESS)
     drafted = generate(model, some, Greedy(), 31, drafts=drafts, **ENDLESS)
     assert tokens_of(drafted) == tokens_of(plain)
