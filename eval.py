@@ -3,7 +3,7 @@
     python eval.py bpb      --workdir runs/tiny            bits per byte on held-out documents
     python eval.py generate --workdir runs/tiny --prompt 'def main(' --temperature 0.8 --top-p 0.95
     python eval.py generate --hf DIR --prompt 'def f(' --fim-suffix 'return x'     what lies between
-    python eval.py generate --workdir runs/tiny --prompt 'def f(' --stop '\n\n' --speculative
+    python eval.py generate --workdir runs/tiny --prompt 'def f(' --stop 'class ' --speculative
     python eval.py logits   --hf DIR --tokens T.npy --out O.npz
 
 `generate` writes the new text to stdout and nothing else; with `--speculative` it says on stderr
