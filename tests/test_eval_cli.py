@@ -183,6 +183,7 @@ ERRORS = {
         "generate --hf {golden} --prompt a --speculative",
         "no MTP module to draft with: model.mtp_depths = 0",
     ),
+    "empty stop": ("generate --workdir {run} --prompt a --stop=", "--stop '' is in every text"),
     "cache": ("generate --workdir {run} --prompt a --cache int8", "invalid choice: 'int8'"),
     "temperature": ("generate --workdir {run} --prompt a --temperature -1", "temperature = -1.0"),
     "greedy cut": ("generate --workdir {run} --prompt a --top-p 0.9", "top_p = 0.9 cuts nothing"),
