@@ -130,7 +130,7 @@ def test_draws_are_those_of_the_oracle():
 
 
 def test_a_buffer_filled_to_its_last_place():
-    """One prompt leaves room for one token in the buffer, which is full then; one for all others."""
+    """One prompt leaves room for one token in the buffer, the other for all but one."""
     model, prompts = model_of(LONG), [[3] * 63, [7]]
     options = {"stop": [], "vocab": 29, "context": 64, "cache": "fp8"}
     full = generate(model, prompts, Greedy(), 99, **options)
