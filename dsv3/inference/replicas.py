@@ -72,10 +72,12 @@ def replicated(model: Transformer, placement: Placement) -> Transformer:
     model = jax.tree.map(lambda leaf: leaf, model)  # modules of its own, the same arrays
     if model.moe is not None:
         ffn = _moe(model.moe)
-        ffn.routed = jax.vmap(_moved)(ffn.routed, *(table[:layers] for table in tables))
+        moved = jax.vmap(_moved)(ffn.routed, *(table[:layers] for table in tables))
+        ffn.routed = moved  # pyrefly: ignore
     for row, depth in enumerate(model.mtp, start=layers):
         ffn = _moe(depth.block)
-        ffn.routed = _moved(ffn.routed, *(table[row] for table in tables))
+        moved = _moved(ffn.routed, *(table[row] for table in tables))
+        ffn.routed = moved  # pyrefly: ignore
     return model
 
 

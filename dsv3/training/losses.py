@@ -65,14 +65,14 @@ def head_loss(h_XD: Array, w_DV: Array, label_X: Array, weight_X: Array) -> Arra
     """sum_x weight_x · (-log softmax(h_x · w)[label_x]), float32; no gradient reaches weight_X."""
 
     def chunk_loss(total, chunk):
-        nll_c, _ = _negative_log_likelihood(chunk[0], w_DV, chunk[1])
+        nll_c, _ = negative_log_likelihood(chunk[0], w_DV, chunk[1])
         return total + jnp.sum(nll_c * chunk[2]), None
 
     total, _ = lax.scan(chunk_loss, jnp.zeros(()), _chunks(h_XD, label_X, weight_X))
     return total
 
 
-def _negative_log_likelihood(h_cD: Array, w_DV: Array, label_c: Array) -> tuple[Array, Array]:
+def negative_log_likelihood(h_cD: Array, w_DV: Array, label_c: Array) -> tuple[Array, Array]:
     """NLL [c] and log-probabilities [c, V] of one chunk, float32."""
     logits_cV = lax.dot_general(
         h_cD, w_DV.astype(h_cD.dtype), LINEAR, preferred_element_type=jnp.float32
@@ -100,7 +100,7 @@ def _head_loss_forward(h_XD, w_DV, label_X, weight_X):
     def chunk_gradients(carry, chunk):
         total, dw_DV = carry
         h_cD, label_c, weight_c = chunk
-        nll_c, log_p_cV = _negative_log_likelihood(h_cD, w, label_c)
+        nll_c, log_p_cV = negative_log_likelihood(h_cD, w, label_c)
         is_label_cV = jax.nn.one_hot(label_c, w.shape[1], dtype=bool)
         dlogits_cV = (jnp.exp(log_p_cV) - is_label_cV) * weight_c[:, None]
         dlogits_cV = dlogits_cV.astype(h_cD.dtype)
