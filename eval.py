@@ -5,14 +5,18 @@
     python eval.py generate --hf DIR --prompt 'def f(' --fim-suffix 'return x'     what lies between
     python eval.py generate --workdir runs/tiny --prompt 'def f(' --stop 'class ' --speculative
     python eval.py logits   --hf DIR --tokens T.npy --out O.npz
+    python eval.py tasks    --workdir runs/tiny --tasks arc_easy.jsonl infilling.jsonl --out R.json
+    python eval.py lm-eval  --workdir runs/tiny --tasks arc_easy,hellaswag      the harness's own
 
 `generate` writes the new text to stdout and nothing else; with `--speculative` it says on stderr
 how many drafts of the MTP modules were right. `logits` reads integers [B, T] and writes
 float32 `logits` [B, T, V], for a model with MTP also `mtp_logits` [B, T, V], its depth 1.
+Task files are described in docs/evaluation.md; `--execute` runs the programs that a model writes.
 """
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +31,11 @@ from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.errors import ConfigError, UserError, exits_cleanly
 from dsv3.evaluation import bits_per_byte as bpb
+from dsv3.evaluation.harness import Reader, evaluate
 from dsv3.evaluation.logits import logits, read_tokens
+from dsv3.evaluation.sandbox import Limits
+from dsv3.evaluation.sandbox import run as run_program
+from dsv3.evaluation.tasks import read_task
 from dsv3.files import write_atomically
 from dsv3.host import keep_freed_memory
 from dsv3.inference import generate as inference
@@ -79,20 +87,78 @@ def run_logits(trained: Trained, config: Config, options: argparse.Namespace) ->
     write_atomically(options.out, content.getvalue())
 
 
+def run_tasks(trained: Trained, config: Config, options: argparse.Namespace) -> None:
+    reader, run = _reader(trained, config), None
+    if options.execute:
+        limits = Limits(options.seconds, options.megabytes)
+        warn(f"programs run as you, with limits; network {run_program('', limits).network}")
+        run = lambda program: run_program(program, limits).passed  # noqa: E731
+    results = {}
+    for task in options.tasks:
+        found = evaluate(reader, task, run)
+        print(f"{task.name}: {found.line()}", flush=True)
+        results[task.name] = found.as_json()
+    if options.out:
+        write_atomically(options.out, json.dumps(results, indent=1) + "\n")
+
+
+def run_lm_eval(trained: Trained, config: Config, options: argparse.Namespace) -> None:
+    from dsv3.evaluation import lm_eval_adapter  # an extra: seconds to import, if it is there
+
+    names = [name for name in options.tasks.split(",") if name]
+    found = lm_eval_adapter.run(
+        _reader(trained, config), names, options.include_path, options.shots, options.limit
+    )
+    for name, figures in found["results"].items():
+        figures = {k: v for k, v in figures.items() if isinstance(v, float)}
+        print(f"{name}: {' · '.join(f'{k} {v:.4f}' for k, v in figures.items())}")
+    if options.out:
+        write_atomically(options.out, json.dumps(found, indent=1, default=str) + "\n")
+
+
+def _reader(trained: Trained, config: Config) -> Reader:
+    dtype = jnp.dtype(config.training.compute_dtype)
+    return Reader(trained.model, trained.tokenizer(), inference.context_length(config), dtype)
+
+
+def check_tasks(options: argparse.Namespace) -> None:
+    check_counts(options, "limit", "seconds", "megabytes")
+    options.tasks = [read_task(path, options.limit, options.shots) for path in options.tasks]
+    names = [task.name for task in options.tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--tasks names two files {twice[0]!r}: results go by that name")
+    check_out(options)
+
+
+def check_lm_eval(options: argparse.Namespace) -> None:
+    check_counts(options, "limit")
+    check_out(options)
+
+
+def check_counts(options: argparse.Namespace, *positive: str) -> None:
+    for name in ("shots", *positive):
+        value, least = getattr(options, name), 0 if name == "shots" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+
+
 def check_generate(options: argparse.Namespace) -> None:
     if "" in options.stop:
         raise UserError("--stop '' is in every text")
     options.sampler = sampler_of(options.temperature, options.top_k, options.top_p)
 
 
-def check_logits(options: argparse.Namespace) -> None:
-    if options.out.is_dir() or not options.out.parent.is_dir():
+def check_out(options: argparse.Namespace) -> None:
+    if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
         raise UserError(f"--out {options.out} is a folder, or lies in one that does not exist")
+
+
+COMMANDS = "bpb", "generate", "logits", "tasks", "lm-eval"
 
 
 def parser() -> Parser:
     top = Parser(__doc__)
-    commands = top.add_subparsers(required=True, metavar="bpb | generate | logits")
+    commands = top.add_subparsers(required=True, metavar=" | ".join(COMMANDS))
     _command(commands, "bpb", "bits per byte on held-out documents", run_bpb)
 
     text = _command(commands, "generate", "complete a prompt, or fill in", run_generate)
@@ -111,9 +177,27 @@ def parser() -> Parser:
     text.add_argument("--seed", type=int, default=0)
 
     arrays = _command(commands, "logits", "logits of given tokens, in FP32", run_logits)
-    arrays.set_defaults(check=check_logits)
+    arrays.set_defaults(check=check_out)
     arrays.add_argument("--tokens", required=True, metavar="T.npy", help="integers [B, T]")
     arrays.add_argument("--out", required=True, type=Path, metavar="O.npz")
+
+    tasks = _command(commands, "tasks", "figures of task files", run_tasks)
+    tasks.set_defaults(check=check_tasks)
+    tasks.add_argument("--tasks", required=True, nargs="+", metavar="FILE", help="JSONL")
+    tasks.add_argument("--execute", action="store_true", help="RUN the programs that the model "
+                       "writes, as you, in processes with limits")  # fmt: skip
+    tasks.add_argument("--seconds", type=int, default=10, help="that such a program may take")
+    tasks.add_argument("--megabytes", type=int, default=1024, help="that it may use")
+
+    theirs = _command(commands, "lm-eval", "tasks of lm-evaluation-harness", run_lm_eval)
+    theirs.set_defaults(check=check_lm_eval)
+    theirs.add_argument("--tasks", required=True, metavar="NAME,NAME")
+    theirs.add_argument("--include-path", metavar="DIR", help="of your own task files")
+
+    for command in (tasks, theirs):
+        command.add_argument("--shots", type=int, metavar="N", help="demonstrations")
+        command.add_argument("--limit", type=int, metavar="N", help="only the first items")
+        command.add_argument("--out", type=Path, metavar="R.json")
     return top
 
 

@@ -44,6 +44,8 @@ ROWS = (
     ("evaluation",),
     ("reporting",),
 )
+# Files that import an extra of pyproject.toml, and so are imported by no other file of dsv3.
+EXTRAS = {"dsv3/evaluation/lm_eval_adapter.py": {"lm_eval"}}
 MESH = "dsv3/parallel/mesh.py"  # the one file that may look at the machine
 ENVIRONMENT = {"os.environ", "os.getenv", "os.environb", "os.getenvb", "os.putenv"}
 MACHINE = {f"jax.{name}" for name in (
@@ -147,9 +149,13 @@ def import_order(source: Source) -> Complaints:
 
 def declared_dependencies(source: Source) -> Complaints:
     allowed = {"dsv3"} | set(sys.stdlib_module_names) | declared_modules()
+    allowed |= EXTRAS.get(source.path, set())
+    with_extras = {path.removesuffix(".py").replace("/", ".") for path in EXTRAS}
     for line, name in imports(source):
         if name.split(".")[0] not in allowed:
             yield line, f"imports {name}, no core dependency in pyproject.toml"
+        if any(f"{name}.".startswith(f"{module}.") for module in with_extras):
+            yield line, f"imports {name}, which wants an extra"
 
 
 def no_machine(source: Source) -> Complaints:
@@ -265,6 +271,13 @@ BROKEN = [
     (import_order, "dsv3/model/mla.py", "from dsv3 import helpers"),
     (declared_dependencies, "dsv3/model/mla.py", "import torch"),
     (declared_dependencies, "dsv3/model/mla.py", "from configs.tiny import config"),
+    (declared_dependencies, "dsv3/evaluation/lm_eval_adapter.py", "import torch"),
+    (declared_dependencies, "dsv3/evaluation/tasks.py", "import lm_eval"),
+    (
+        declared_dependencies,
+        "dsv3/evaluation/tasks.py",
+        "from dsv3.evaluation import lm_eval_adapter",
+    ),
     (no_machine, "dsv3/model/mla.py", "import os\nx = os.environ['X']"),
     (no_machine, "dsv3/model/mla.py", "import os\nx = os.environ.get('X')"),
     (no_machine, "dsv3/model/mla.py", "from os import getenv as g"),

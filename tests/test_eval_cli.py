@@ -1,5 +1,6 @@
 import importlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_logits_of_a_run(run, workdir, tmp_path):
 ERRORS = {
     "no source": ("bpb", "--workdir --hf is required"),
     "two sources": ("bpb --workdir {run} --hf {run}", "not allowed with argument --workdir"),
-    "no command": ("", "required: bpb | generate | logits"),
+    "no command": ("", "required: bpb | generate | logits | tasks | lm-eval"),
     "unknown command": ("bpd --workdir {run}", "invalid choice: 'bpd'"),
     "no prompt": ("generate --workdir {run}", "required: --prompt"),
     "no number": ("generate --workdir {run} --prompt a --seed x", "--seed: invalid int value"),
@@ -195,6 +196,14 @@ ERRORS = {
     ),
     "no tokens file": ("logits --hf {golden} --tokens {run}/T --out {run}/O", "{run}/T cannot be"),
     "out is a folder": ("logits --hf {golden} --tokens {run}/T --out {run}", "--out {run} is a"),
+    "no task": ("tasks --workdir {run} --tasks {run}/x.jsonl", "task {run}/x.jsonl cannot be read"),
+    "no item": (
+        "tasks --workdir {run} --tasks {run}/corpus/0.txt",
+        "{run}/corpus/0.txt:1: is no JSON: ",
+    ),
+    "limit": ("tasks --workdir {run} --tasks x --limit 0", "--limit 0 must be at least 1"),
+    "shots": ("lm-eval --workdir {run} --tasks x --shots -1", "--shots -1 must be at least 0"),
+    "tasks out": ("lm-eval --workdir {run} --tasks x --out {run}/x/O", "--out {run}/x/O is a"),
     "no out folder": ("logits --hf {golden} --tokens {run}/T --out {run}/x/O", "--out {run}/x/O"),
 }
 
@@ -206,6 +215,34 @@ def test_bad_input_ends_in_one_line(run, workdir, command, message):
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1
     assert message.format(**places) in err
+
+
+def test_tasks_print_a_line_and_write_json(run, workdir, tmp_path):
+    choice, fill, out = tmp_path / "choice.jsonl", tmp_path / "fill.jsonl", tmp_path / "R.json"
+    item = {"context": "a" * 99, "choices": ["b", "c"], "gold": 0}
+    choice.write_text("\n".join(map(json.dumps, [item | {"shot": True}, item, item])))
+    row = {"prefix": "x = '", "suffix": "'", "middle": "y", "max_tokens": 4, "check": "x = 1"}
+    fill.write_text(json.dumps(row) + "\n")
+    arguments = ["tasks", "--workdir", workdir, "--out", out, "--tasks", choice]
+    code, printed, err = run(*arguments, fill, "--limit", 1, "--execute")
+    assert code == 0 and re.fullmatch("programs run as you, with limits; network .+\n", err)
+    first, second = printed.splitlines()
+    assert re.match(r"choice: 1 items · 1 shots · accuracy [01]\.0000 · .*cut", first)
+    assert re.match(
+        r"fill: 1 items · exact_match .* · passed [01]\.0000 .* · bits_per_byte", second
+    )
+    found = json.loads(out.read_text())
+    assert found["choice"]["items"] == 1 and found["choice"]["cut"] == 1
+    assert "passed" in found["fill"]["figures"]
+    assert "passed" not in run("tasks", "--workdir", workdir, "--tasks", fill)[1]
+    assert "names two files 'choice'" in run(*arguments, choice)[2]
+
+
+def test_lm_eval_is_an_extra(run, workdir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "dsv3.evaluation.lm_eval_adapter", raising=False)
+    code, _, err = run("lm-eval", "--workdir", workdir, "--tasks", "arc_easy")
+    assert code == 2 and err.endswith("install it with: pip install 'dsv3[lm-eval]'\n")
 
 
 def test_tokens_beyond_the_vocabulary_are_named_and_nothing_is_written(run, tmp_path):

@@ -33,6 +33,10 @@ class Figure(NamedTuple):
     error: float  # standard error; nan for a single item
     items: int
 
+    def __str__(self) -> str:
+        error = "" if math.isnan(self.error) else f" ± {self.error:.4f}"
+        return f"{self.value:.4f}{error}"
+
 
 class Result(NamedTuple):
     """`cut` counts the items that lost a beginning which did not fit."""
@@ -54,7 +58,7 @@ class Result(NamedTuple):
         return {"items": self.items, "shots": self.shots, "cut": self.cut, "figures": figures}
 
     def line(self) -> str:
-        parts = [f"{name} {f.value:.4f} ± {f.error:.4f}" for name, f in self.figures.items()]
+        parts = [f"{name} {figure}" for name, figure in self.figures.items()]
         cut = [f"{self.cut} cut to the context"] if self.cut else []
         shots = [f"{self.shots} shots"] if self.shots else []
         return " · ".join([f"{self.items:,} items", *shots, *parts, *cut])

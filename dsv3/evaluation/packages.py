@@ -100,7 +100,7 @@ def _rows(wheel: str | Path, member: str) -> Iterator[Row]:
         yield from map(json.loads, filter(None, text.split("\n")))
     except KeyError as error:
         raise DataError(f"{wheel} holds no {member}: it is another package") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
         raise DataError(f"{wheel}: {member} is damaged: {error}") from error
 
 

@@ -134,7 +134,7 @@ def _nats(model, group, size: int, queries: list[tuple[int, Span]], vocab: int, 
         row[: len(tokens)] = tokens
     lengths = [len(span.tokens) - span.first for _, span in queries]
     ends = np.cumsum(lengths)
-    row_Y, position_Y, target_Y = np.zeros((3, _power_of_two(ends[-1])), np.int32)
+    row_Y, position_Y, target_Y = np.zeros((3, _power_of_two(int(ends[-1]))), np.int32)
     for (row, span), end, n in zip(queries, ends, lengths, strict=True):
         row_Y[end - n : end] = row
         position_Y[end - n : end] = np.arange(span.first - 1, len(span.tokens) - 1)

@@ -1,0 +1,93 @@
+import os
+import sys
+import time
+
+import pytest
+
+from dsv3.evaluation.sandbox import Limits, run
+
+QUICK = Limits(seconds=2, megabytes=512)
+
+
+@pytest.mark.parametrize(
+    ("program", "how"),
+    [
+        ("x = 1\nassert x", "passed"),
+        ("print('a' * 10**6)", "passed"),
+        ("assert __name__ == '__main__'", "passed"),
+        ("assert 1 == 2", "AssertionError"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("import sys; sys.exit(0)", "it ended early"),
+        ("import os; os._exit(0)", "it ended early"),
+        ("x = bytearray(1 << 30)", "MemoryError"),
+        ("open('x', 'wb').write(bytes(32 << 20))", "OSError: [Errno 27] File too large"),
+        ("files = [open('/dev/null') for _ in range(99)]", "Too many open files"),
+        ("\ud800", "SyntaxError"),
+        ("", "passed"),
+    ],
+)
+def test_what_becomes_of_a_program(program, how):
+    found = run(program, QUICK)
+    assert how in found.how and found.passed == (how == "passed")
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)"])
+def test_a_deadline_ends_it(program):
+    started = time.monotonic()
+    found = run(program, Limits(seconds=1))
+    assert not found.passed and found.how == "timed out"
+    assert time.monotonic() - started < 10
+
+
+def test_it_sees_an_empty_folder_that_goes_away_and_no_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET", "1")
+    says = tmp_path / "says"
+    program = f"""
+import os
+assert os.listdir('.') == [] and 'SECRET' not in os.environ
+open('left behind', 'w').close()
+open({str(says)!r}, 'w').write(os.getcwd())"""
+    assert run(program, QUICK).passed
+    assert not os.path.exists(says.read_text())
+
+
+def test_what_it_starts_ends_with_it(tmp_path):
+    ticks = tmp_path / "ticks"
+    program = f"""
+import os, time
+if os.fork() == 0:
+    while True:
+        open({str(ticks)!r}, 'a').write('.')
+        time.sleep(0.02)
+time.sleep(0.5)"""
+    assert run(program, QUICK).passed
+    before = ticks.stat().st_size
+    time.sleep(0.3)
+    assert ticks.stat().st_size == before > 0
+
+
+def test_it_has_no_network_where_the_kernel_can_cut_it_off():
+    found = run("import os; assert os.listdir('/sys/class/net') or True", QUICK)
+    if found.network != "cut off":
+        pytest.skip("this kernel does not allow namespaces: the network stays open")
+    program = "import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)"
+    assert "Network is unreachable" in run(program, QUICK).how
+    children = (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n    os.execvp('sleep', ['sleep', '77'])"
+    )
+    assert run(children, QUICK).passed
+    assert "sleep\x0077" not in "".join(_command_lines())
+
+
+def _command_lines():
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{process}/cmdline") as file:
+                yield file.read()
+        except OSError:
+            pass
+
+
+def test_it_is_the_interpreter_that_runs_us():
+    program = f"import sys; assert sys.version_info[:2] == {sys.version_info[:2]}"
+    assert run(program, QUICK).passed
