@@ -67,8 +67,7 @@ time.sleep(0.5)"""
 
 
 def test_it_has_no_network_where_the_kernel_can_cut_it_off():
-    found = run("import os; assert os.listdir('/sys/class/net') or True", QUICK)
-    if found.network != "cut off":
+    if run("", QUICK).network != "cut off":
         pytest.skip("this kernel does not allow namespaces: the network stays open")
     program = "import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)"
     assert "Network is unreachable" in run(program, QUICK).how
