@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from dsv3 import counts
 from dsv3.bindings import apply, difference, operative, parse, read_bindings
 from dsv3.checkpoint.store import Store
+from dsv3.checkpoint.trained import restore
 from dsv3.cli import Parser
 from dsv3.config import Config, Fp8Dot
 from dsv3.data.loader import Loader
@@ -98,7 +99,7 @@ def start_or_resume(
     config: Config, mesh: Mesh, store: Store, loader: Loader, say: Callable[[str], None]
 ) -> tuple[train_state.TrainState, int]:
     """The newest sound checkpoint's state, the loader put where it was; else a fresh state."""
-    restored = store.restore(train_state.abstract(config, mesh))
+    restored = restore(config, store, mesh)
     if restored is None:
         return train_state.create(config, mesh), 0
     before = apply(Config(), parse(restored.extra["config"]))

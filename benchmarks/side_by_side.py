@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.step_transformers import BATCH, LENGTH, SHAPE
 from dsv3.bindings import difference
-from dsv3.checkpoint import hub
+from dsv3.checkpoint import hub_config
 from dsv3.errors import ConfigError, exits_cleanly
 from dsv3.sweeps import load_config
 from dsv3.training.schedules import batch_size
@@ -34,8 +34,8 @@ YARDSTICK = "transformers float32"
 
 def require_same_shape() -> None:
     """Raise ConfigError where the two time different models or batches."""
-    ours, theirs = load_config(ROOT / CONFIG), hub.config_of(SHAPE, "SHAPE")
-    shape = {*hub.FIELDS, "model.mtp_depths", "model.mla.yarn", "model.mla.rope_theta"}
+    ours, theirs = load_config(ROOT / CONFIG), hub_config.config_of(SHAPE, "SHAPE")
+    shape = {*hub_config.FIELDS, "model.mtp_depths", "model.mla.yarn", "model.mla.rope_theta"}
     if unequal := shape & difference(ours, theirs).keys():
         raise ConfigError(f"{CONFIG} and SHAPE differ in {', '.join(sorted(unequal))}")
     batch = (batch_size(ours.training, 0), ours.training.sequence_length)

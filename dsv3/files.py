@@ -8,6 +8,7 @@ the rename can reach the disk before the data does.
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,25 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing(folder: str | os.PathLike) -> Iterator[Path]:
+    """A new folder beside `folder`, to be filled; it takes that name when the block ends.
+
+    It is on the disk then. An error or a kill leaves no `folder`. An empty one may be there before.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        making.mkdir()
+        yield making
+        fsync_tree(making)
+        making.rename(folder)
+        fsync_directory(folder.parent)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 @contextmanager

@@ -1,188 +1,23 @@
-"""What the hub calls things: the names of DeepSeek-V3's released layout (spec §8.1, 8.2).
+"""What the hub calls tensors: the names of DeepSeek-V3's released layout (spec §8.1).
 
-Two tables say it, and each is read in either direction: FIELDS pairs the fields of `config.Model`
-with those of config.json, and TOP, BLOCK and MTP pair the parameters of the model with the tensors
-of the checkpoint. What differs besides the name is regular, so it is no column of the tables:
+TOP, BLOCK and MTP pair the parameters of the model with the tensors of the checkpoint; each table
+is read in either direction. What differs besides the name is regular, so it is no column of them:
 
 - The hub stores a matrix [outputs, inputs]; here it is [inputs, outputs]. Embeddings are rows both
   here and there.
 - The hub has a tensor for each layer and expert; here those of a kind are stacked, [L, ...] or
   [L, E, ...]. Layers are numbered through: dense, MoE, then one for each MTP depth.
 - An MTP layer carries copies of embedding and head under its own names (`copies`).
+- Projections of attention and experts are released in FP8 with scales beside them, the selection
+  bias in FP32, all else in BF16 (`released_dtype`).
 """
 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dsv3.bindings import apply
-from dsv3.config import Config, Mla, Model, Moe, Yarn
-from dsv3.errors import CheckpointError, ConfigError
-from dsv3.schema import conform, field_types
-
-ARCHITECTURE = "DeepseekV3ForCausalLM"
-
-# --- config.json -------------------------------------------------------------------------------
-
-FIELDS = {
-    "model.vocab": "vocab_size",
-    "model.width": "hidden_size",
-    "model.layers": "num_hidden_layers",
-    "model.dense_layers": "first_k_dense_replace",
-    "model.dense_width": "intermediate_size",
-    "model.norm_eps": "rms_norm_eps",
-    "model.mla.heads": "num_attention_heads",
-    "model.mla.query_latent": "q_lora_rank",
-    "model.mla.kv_latent": "kv_lora_rank",
-    "model.mla.nope_dim": "qk_nope_head_dim",
-    "model.mla.rope_dim": "qk_rope_head_dim",
-    "model.mla.value_dim": "v_head_dim",
-    "model.moe.routed_experts": "n_routed_experts",
-    "model.moe.shared_experts": "n_shared_experts",
-    "model.moe.experts_per_token": "num_experts_per_tok",
-    "model.moe.groups": "n_group",
-    "model.moe.groups_per_token": "topk_group",
-    "model.moe.expert_width": "moe_intermediate_size",
-    "model.moe.gate_scale": "routed_scaling_factor",
-    "model.moe.normalize_gates": "norm_topk_prob",
-}
-YARN = {
-    "model.mla.yarn.factor": "factor",
-    "model.mla.yarn.original_length": "original_max_position_embeddings",
-    "model.mla.yarn.beta_fast": "beta_fast",
-    "model.mla.yarn.beta_slow": "beta_slow",
-    "model.mla.yarn.mscale": "mscale",
-    "model.mla.yarn.mscale_all_dim": "mscale_all_dim",
-}
-ONLY = {  # fields of which one value is implemented; absent or null means that one
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-    "tie_word_embeddings": False,
-}
-ONLY_ROPE = {"truncate": True, "partial_rotary_factor": 1}
-SECTIONS = {"model": Model, "model.mla": Mla, "model.moe": Moe, "model.mla.yarn": Yarn}
-QUANTIZED = (
-    "quantized weights are not imported yet; convert to BF16 first, "
-    "as DeepSeek's fp8_cast_bf16.py does"
-)
-
-
-def config_of(fields: Mapping[str, Any], origin: str) -> Config:
-    """The configuration that a config.json, in the hub's spelling or transformers 5's, stands for.
-
-    `model.mtp_depths` is what the file announces. `training.sequence_length` becomes the length
-    before YaRN's stretching. Raises CheckpointError naming `origin` and the field for another
-    architecture, a missing or ill-typed field, and for what is not implemented.
-    """
-    try:
-        _require_supported(fields)
-        return apply(Config(), _bindings(fields) | _rope(fields))
-    except KeyError as missing:
-        raise CheckpointError(f"{origin} lacks the field {missing.args[0]!r}") from None
-    except ConfigError as error:
-        raise CheckpointError(f"{origin}: {_in_hub_words(str(error))}") from None
-
-
-def _require_supported(fields: Mapping[str, Any]) -> None:
-    architectures = fields.get("architectures") or [fields.get("model_type")]
-    if architectures not in ([ARCHITECTURE], ["deepseek_v3"]):
-        raise ConfigError(f"architectures = {architectures} is not {[ARCHITECTURE]}")
-    for name, only in ONLY.items():
-        if fields.get(name) not in (None, only):
-            raise ConfigError(f"{name} = {fields[name]!r} is not supported, only {only!r}")
-    heads, kv_heads = fields["num_attention_heads"], fields.get("num_key_value_heads")
-    if kv_heads not in (None, heads):
-        raise ConfigError(
-            f"num_key_value_heads = {kv_heads!r} is not num_attention_heads = {heads}"
-        )
-    if fields.get("quantization_config"):
-        raise ConfigError(f"quantization_config: {QUANTIZED}")
-
-
-def _bindings(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of all of `Model` but its rotary positions, each of the type that it becomes."""
-    fields = dict(fields) | {"n_shared_experts": fields.get("n_shared_experts") or 0}
-    values = {path: conform(fields[name], _type(path), name) for path, name in FIELDS.items()}
-    layers, experts = values["model.layers"], values["model.moe.routed_experts"]
-    in_group = experts // max(values["model.moe.groups"], 1)
-    depths = fields.get("num_nextn_predict_layers", fields.get("num_mtp_layers"))
-    return values | {
-        "model.dense_layers": min(values["model.dense_layers"], layers),
-        "model.moe.group_score_experts": max(min(2, in_group), 1),
-        "model.mtp_depths": depths or 0,
-    }
-
-
-def _type(path: str) -> Any:
-    section, _, name = path.rpartition(".")
-    return field_types(SECTIONS[section])[name]
-
-
-def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Bindings of rotary positions: `rope_scaling` with `rope_theta` beside it, or transformers 5's
-    `rope_parameters`, which holds both; absent entries mean what they mean to transformers."""
-    spelling = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    rope = conform(fields.get(spelling) or {}, dict, spelling)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise ConfigError(f"{spelling}.rope_type = {kind!r} is not supported, only 'yarn'")
-    known = {"rope_type", "type", "rope_theta", *YARN.values()}
-    for name, value in rope.items():
-        if name not in known and value not in (None, ONLY_ROPE.get(name)):
-            raise ConfigError(f"{spelling}.{name} = {value!r} is not supported")
-    length = conform(fields.get("max_position_embeddings", 4096), int, "max_position_embeddings")
-    half = fields.get("rope_interleave") is False
-    bindings = {
-        "model.mla.rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10_000.0)),
-        "model.mla.rope_layout": "half" if half else "interleaved",
-        "training.sequence_length": length,
-    }
-    if kind == "default":
-        return bindings | {"model.mla.yarn": None}
-    given = {n: conform(rope.get(n), _type(p) | None, f"{spelling}.{n}") for p, n in YARN.items()}
-    full = _with_yarn_defaults(given, length)
-    bindings["training.sequence_length"] = full["original_max_position_embeddings"]
-    return bindings | {"model.mla.yarn": "yarn"} | {path: full[n] for path, n in YARN.items()}
-
-
-def _with_yarn_defaults(given: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """YaRN's entries with None or 0 replaced by what transformers takes then.
-
-    cos and sin are scaled by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1, and by
-    m(1) where either is not given; the softmax by m(mscale_all_dim)² where that is.
-    """
-    original = given["original_max_position_embeddings"] or length
-    factor = given["factor"] or length / original
-    mscale, all_dim = given["mscale"], given["mscale_all_dim"] or 0.0
-    if not all_dim:
-        mscale = 1.0
-    elif not mscale:
-        mscale = 1 + all_dim * (1 + 0.1 * math.log(max(factor, 1)))  # m(mscale) = m(1) m(all_dim)
-    return {
-        "factor": factor,
-        "original_max_position_embeddings": original,
-        "beta_fast": given["beta_fast"] or 32.0,
-        "beta_slow": given["beta_slow"] or 1.0,
-        "mscale": mscale,
-        "mscale_all_dim": all_dim,
-    }
-
-
-def _in_hub_words(message: str) -> str:
-    """The message of a ConfigError with our paths replaced by config.json's field names."""
-    others = {
-        "model.mtp_depths": "num_nextn_predict_layers",
-        "model.mla.rope_theta": "rope_theta",
-    }
-    words = FIELDS | YARN | others
-    return re.sub(r"model(\.\w+)+", lambda path: words.get(path[0], path[0]), message)
-
-
-# --- tensors -----------------------------------------------------------------------------------
+from dsv3.config import Model
 
 TOP = {
     "embedding.table": "model.embed_tokens.weight",
@@ -222,6 +57,8 @@ COPIES = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "shared_head.head.weight": "lm_head.weight",
 }
+SCALES = "_scale_inv"  # despite the name, what the weight is multiplied by
+QUANTIZED = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # of old exports
 
 
@@ -275,5 +112,22 @@ def copies(config: Model) -> dict[str, str]:
 
 def in_mtp_layer(config: Model, tensor: str) -> bool:
     """Whether the tensor lies behind the main model's layers."""
+    return config.layers <= layer_of(tensor) < math.inf
+
+
+def layer_of(tensor: str) -> float:
+    """The number of the layer that it belongs to; -1 for the embedding, inf for norm and head."""
     layer = re.match(r"model\.layers\.(\d+)\.", tensor)
-    return layer is not None and int(layer[1]) >= config.layers
+    return int(layer[1]) if layer else -1 if "embed_tokens" in tensor else math.inf
+
+
+def scale_of(tensor: str) -> str:
+    """The name of the scales beside a weight in FP8."""
+    return f"{tensor}{SCALES}"
+
+
+def released_dtype(tensor: str) -> str:
+    """The precision of a tensor in the released checkpoint, as safetensors writes it."""
+    if QUANTIZED.fullmatch(tensor):
+        return "F8_E4M3"
+    return "F32" if tensor.endswith("e_score_correction_bias") else "BF16"

@@ -4,16 +4,18 @@ It comes from a run's workdir (config.gin, tokenizer.json and the newest sound c
 folder in the layout of the Hugging Face hub. The tokenizer is read on demand: logits need none.
 """
 
+import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from dsv3.bindings import apply, read_bindings
 from dsv3.checkpoint import huggingface
-from dsv3.checkpoint.store import Store
+from dsv3.checkpoint.store import Restored, Store
 from dsv3.config import Config
 from dsv3.data import tokenizer
 from dsv3.errors import CheckpointError, DataError, nearest
@@ -55,16 +57,37 @@ def from_workdir(
         raise CheckpointError(f"{folder} is no run: it has no config.gin")
     config = on_this_platform(apply(Config(), read_bindings(folder / "config.gin")))
     store = Store(folder / "checkpoints", config.checkpoint.keep, warn)
-    restored = store.restore(state.abstract(config))
+    restored = store.restore_what(functools.partial(_held, config, None))
     if restored is None:
         raise CheckpointError(f"no checkpoint in {store.directory} yet")
     params = restored.state.params
     if ema:
+        if isinstance(restored.state, state.Weights):
+            raise CheckpointError(f"{folder} is an import that was not trained: it has no average")
         if restored.state.ema is None:
             raise CheckpointError(f"{folder} keeps no average: training.ema_decay = None")
         params = jax.device_put(restored.state.ema, jax.memory.Space.Device)
     model = state.merge(state.graphdef(config), params, restored.state.router_bias)
     return Trained(config, model, folder)
+
+
+def restore(config: Config, store: Store, mesh: Mesh | None = None) -> Restored | None:
+    """The newest sound state of a run, on `mesh`, by default on one device; of an import, which has
+    weights alone, the state that begins training from them."""
+    restored = store.restore_what(functools.partial(_held, config, mesh))
+    if restored is None or isinstance(restored.state, state.TrainState):
+        return restored
+    weights = restored.state
+    model = state.merge(state.graphdef(config), weights.params, weights.router_bias)
+    return replace(restored, state=state.from_model(config, model, mesh))
+
+
+def _held(
+    config: Config, mesh: Mesh | None, names: Collection[str]
+) -> state.TrainState | state.Weights:
+    """What a checkpoint with arrays of these `names` restores into."""
+    trained = any(name.startswith("moments.") for name in names)
+    return (state.abstract if trained else state.abstract_weights)(config, mesh)
 
 
 def from_hf(directory: str | os.PathLike) -> Trained:

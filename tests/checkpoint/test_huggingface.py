@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import deepseek_v3
 from dsv3 import counts
-from dsv3.checkpoint import hub, huggingface
+from dsv3.checkpoint import hub, hub_config, huggingface
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.trained import from_workdir
 from dsv3.config import Model, Yarn
@@ -168,7 +168,7 @@ def test_released_config():
         "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False,
         "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
     }  # fmt: skip
-    config = hub.config_of(fields, "config.json")
+    config = hub_config.config_of(fields, "config.json")
     report = deepseek_v3.get_config().model
     # the released files are those after context extension; the report trains without it
     assert counts.parameters(config.model) == counts.parameters(report)
@@ -180,7 +180,7 @@ def test_released_config():
     kind, theta = scaling.pop("type"), fields.pop("rope_theta")
     fields["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **scaling}
     fields["dtype"] = fields.pop("torch_dtype")
-    assert hub.config_of(fields, "config.json") == config
+    assert hub_config.config_of(fields, "config.json") == config
 
 
 M1 = 1 + 0.1 * np.log(4.0)  # m(1) of the docstring at factor 4
@@ -199,7 +199,7 @@ M1 = 1 + 0.1 * np.log(4.0)  # m(1) of the docstring at factor 4
 def test_absent_yarn_entries_mean_what_they_mean_to_transformers(entries, size, temperature):
     fields = json.loads((GOLDEN / "yarn" / "config.json").read_text())
     bare = {k: v for k, v in fields["rope_parameters"].items() if not k.startswith("mscale")}
-    mla = hub.config_of(fields | {"rope_parameters": bare | entries}, "c").model.mla
+    mla = hub_config.config_of(fields | {"rope_parameters": bare | entries}, "c").model.mla
     cos, _ = rope.rotation(mla, jnp.zeros(1))
     np.testing.assert_allclose(cos, size, rtol=1e-6)
     plain = (mla.nope_dim + mla.rope_dim) ** -0.5
@@ -208,7 +208,7 @@ def test_absent_yarn_entries_mean_what_they_mean_to_transformers(entries, size, 
 
 def test_more_dense_layers_than_layers():
     fields = json.loads((GOLDEN / "groups" / "config.json").read_text())
-    assert hub.config_of(fields | {"first_k_dense_replace": 9}, "c").model.dense_layers == 3
+    assert hub_config.config_of(fields | {"first_k_dense_replace": 9}, "c").model.dense_layers == 3
 
 
 # --- folders -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Makes the golden files beside it: tiny DeepseekV3 checkpoints and what transformers says of them.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors numpy      # Python 3.11, CPU
-    python tests/golden/make_golden.py                                    # rewrites every case
+    python tests/golden/make_golden.py [CASE ...]                         # rewrites these, or all
 
 Each case of CASES becomes a folder in the official on-disk layout (config.json, safetensors) and an
 .npz beside it, both committed:
@@ -9,7 +9,8 @@ Each case of CASES becomes a folder in the official on-disk layout (config.json,
     tokens int32 [B, T], logits float32 [B, T, V], loss (mean next-token cross-entropy over the
     T - 1 known targets of each sequence), grad/NAME float32 for a sample of tensors of every kind,
     under their checkpoint names and shapes; mtp_logits float32 [B, T - 1, V] where there is MTP;
-    logits_stored float32 [B, T, V], computed in BF16, where the file is BF16.
+    logits_stored float32 [B, T, V], computed in BF16, where the file is BF16. Cases in FP8 have no
+    gradients; their logits are those of the dequantised weights, E4M3 · scale in FP32.
 
 Weights are random and scaled so that activations stay of order 1 and logits of order 1-10. A seed
 is taken only if every routing decision, of groups and of experts, is wide enough (MARGIN) for two
@@ -28,6 +29,7 @@ one decoder layer, shared_head.norm, the head. Position i predicts t_{i+2}.
 import json
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +41,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 HERE = Path(__file__).parent
 BATCH = 2
+BLOCK = 128
 MARGIN = 2e-4  # of scores in (0, 1), where two FP32 implementations differ by about 1e-6
 HUB_ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
             "ep_size": 1, "seq_aux": True, "aux_loss_alpha": 0.001}  # fmt: skip
@@ -78,11 +81,19 @@ CASES = {
     "mtp_sharded": ({"num_nextn_predict_layers": 1}, {
         "length": 24, "hub": True, "shards": 4, "bias": "negative", "zero_mask_differs": True,
     }),
+    "fp8": ({  # partial blocks: 160 and 136 are one block and a bit, as kv_a's 576 rows are 4.5
+        "hidden_size": 160, "num_hidden_layers": 2, "intermediate_size": 136, "q_lora_rank": 136,
+        "kv_lora_rank": 144, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 20,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+        "moe_intermediate_size": 24, "num_nextn_predict_layers": 1,
+    }, {"length": 24, "hub": True, "shards": 2, "bias": "mixed", "dtype": torch.bfloat16,
+        "fp8": True}),
 }  # fmt: skip
 
 
 def main() -> None:
-    for name, (changes, how) in CASES.items():
+    for name in sys.argv[1:] or CASES:
+        changes, how = CASES[name]
         for seed in range(1000):
             if (golden := make(HERE / name, BASE | changes, how, seed)) is not None:
                 break
@@ -101,12 +112,24 @@ def make(folder: Path, fields: dict, how: dict, seed: int) -> dict[str, np.ndarr
     tensors, config_json = checkpoint(fields, how, generator)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    write(folder, tensors, how.get("shards", 1))
+    if how.get("fp8"):
+        write(folder, quantised(tensors), how["shards"])
+        tensors = dequantised(quantised(tensors))
+        config_json["quantization_config"] = {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+            "weight_block_size": [BLOCK, BLOCK],
+        }  # fmt: skip
+    else:
+        write(folder, tensors, how.get("shards", 1))
     (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
 
-    model = DeepseekV3ForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
+    with tempfile.TemporaryDirectory() as plain:  # its own reading of partial blocks is another
+        write(Path(plain), tensors, 1)
+        unquantised = {k: v for k, v in config_json.items() if k != "quantization_config"}
+        (Path(plain) / "config.json").write_text(json.dumps(unquantised))
+        model = DeepseekV3ForCausalLM.from_pretrained(
+            plain, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
     tokens = torch.randint(fields["vocab_size"], (BATCH, how["length"]), generator=generator)
     watched = watch_routers(model)
     output = model(input_ids=tokens, labels=tokens)
@@ -119,15 +142,16 @@ def make(folder: Path, fields: dict, how: dict, seed: int) -> dict[str, np.ndarr
         torch.equal(w.chosen, chosen_with(0.0, w.router, w.logits)) for w in watched
     ):
         return None
-    output.loss.backward()
     golden = {"tokens": tokens.numpy().astype(np.int32), "logits": output.logits.detach().numpy(),
               "loss": np.float32(output.loss.item())}  # fmt: skip
-    golden |= {f"grad/{k}": g.numpy() for k, g in gradients(model)
-               if sampled(k, fields["first_k_dense_replace"])}  # fmt: skip
-    if how.get("dtype"):
+    if not how.get("fp8"):
+        output.loss.backward()
+        golden |= {f"grad/{k}": g.numpy() for k, g in gradients(model)
+                   if sampled(k, fields["first_k_dense_replace"])}  # fmt: skip
+    if how.get("dtype") and not how.get("fp8"):
         stored = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=how["dtype"])
         golden["logits_stored"] = stored(input_ids=tokens).logits.float().detach().numpy()
-    if "model.layers.3.eh_proj.weight" in tensors:
+    if any(name.endswith("eh_proj.weight") for name in tensors):
         golden["mtp_logits"] = mtp_logits(model, tensors, tokens).detach().numpy()
     return golden
 
@@ -192,6 +216,41 @@ def config_of(fields: dict, hub: bool, dtype: torch.dtype) -> dict:
     for own in ("head_dim", "qk_head_dim", "rope_interleave", "output_router_logits"):
         written.pop(own)
     return written | HUB_ONLY
+
+
+def quantised(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The projections of attention and experts in E4M3, a scale for each block of 128 x 128, as
+    DeepSeek's kernel makes them: max|W| is taken as 1e-4 at least. One block is made that small."""
+    stored = {}
+    for name, w in tensors.items():
+        if not re.search(r"(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$", name):
+            stored[name] = w
+            continue
+        w = w.float()
+        if name == "model.layers.0.self_attn.q_a_proj.weight":
+            w[:BLOCK, BLOCK:] *= 1e-6
+        grid = [torch.arange(n) // BLOCK for n in w.shape]
+        amax = torch.zeros(*[1 + int(g[-1]) for g in grid])
+        for i in range(amax.shape[0]):
+            for j in range(amax.shape[1]):
+                amax[i, j] = w[grid[0] == i][:, grid[1] == j].abs().max()
+        scales = amax.clamp(min=1e-4) / 448.0
+        stored[name] = (w / scales[grid[0]][:, grid[1]]).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scales
+    return stored
+
+
+def dequantised(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """All in FP32, E4M3 times its scale."""
+    plain = {}
+    for name, w in stored.items():
+        if name.endswith("_scale_inv"):
+            continue
+        plain[name] = w.float()
+        if (scales := stored.get(f"{name}_scale_inv")) is not None:
+            rows, columns = (torch.arange(n) // BLOCK for n in w.shape)
+            plain[name] = plain[name] * scales[rows][:, columns]
+    return plain
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:

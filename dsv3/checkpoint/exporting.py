@@ -1,0 +1,360 @@
+"""A model in the hub's layout, tensor by tensor: for transformers, vLLM, SGLang or another import.
+
+It comes from a run's workdir, its live parameters or their average, from a model in memory or from
+another folder of the hub. MTP layers follow the main ones, with copies of embedding and head. What
+is written besides weights: config.json and, where there is a tokenizer, its files and
+generation_config.json.
+
+In FP8 (§3.3, spec §2.6) a block of a projection becomes
+
+    s = max|W| / 448,   E4M3(W / s)      or, where the weights were imported with scales,
+    the scale that it had, if E4M3(W / s) · s is W again for the whole block
+
+so an import that is exported unchanged has the bytes that it came from, whatever made its scales;
+once the weights were trained, no block passes the test. `quantization_config` is the origin's too:
+its block size, and whether fresh scales are powers of two.
+"""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from dsv3.bindings import apply, read_bindings
+from dsv3.checkpoint import hub, hub_config
+from dsv3.checkpoint.folder import Folder
+from dsv3.checkpoint.hub_config import Quantization
+from dsv3.checkpoint.importing import BESIDE, SCALES, Progress
+from dsv3.checkpoint.manifest import name_leaves
+from dsv3.checkpoint.safetensors_file import METADATA, Entry, Writer, read_header, shards
+from dsv3.checkpoint.store import Store
+from dsv3.checkpoint.weights import FP8, INDEX, SINGLE
+from dsv3.config import Config, Model
+from dsv3.data.tokenizer import SPECIAL_TOKENS
+from dsv3.errors import CheckpointError, nearest
+from dsv3.files import appearing
+from dsv3.model.transformer import Transformer
+from dsv3.numerics import fp8
+
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+SHARD_BYTES = 5 * 10**9
+CHUNK = 1 << 22  # elements converted at once
+TILE = 128
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from.
+
+    read: the part of a parameter that a tensor is made of, as ours, [inputs, outputs]
+    quantization, scales: of the checkpoint that was imported, if it was in FP8; by tensor
+    folder: where the tokenizer's files are, if anywhere
+    """
+
+    config: Config
+    read: Callable[[hub.Piece], np.ndarray]
+    quantization: Quantization | None = None
+    scales: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+def of_model(config: Config, model: Transformer) -> Source:
+    """A model in memory, on whatever devices of this process."""
+    leaves = name_leaves(model)
+    return Source(config, lambda piece: np.asarray(leaves[piece.parameter][piece.index]))
+
+
+def of_folder(folder: str | os.PathLike) -> Source:
+    """A checkpoint of the hub. Raises CheckpointError for whatever is wrong with it."""
+    found = Folder(folder)
+    weights = found.weights
+    scales = {name: functools.partial(weights.read_scales, name) for name in weights.scales}
+    read = functools.partial(found.read_piece, dtype=np.dtype(np.float32))
+    quantization = weights.quantization if scales else None
+    return Source(found.config, read, quantization, scales, found.path)
+
+
+def of_workdir(
+    workdir: str | os.PathLike, warn: Callable[[str], None], *, ema: bool = False
+) -> Source:
+    """A run at its newest sound checkpoint: the live parameters, or their average.
+
+    Arrays are read one by one. Raises CheckpointError where there is no run, no checkpoint or no
+    average.
+    """
+    folder = Path(workdir)
+    if not (folder / "config.gin").exists():
+        raise CheckpointError(f"{folder} is no run: it has no config.gin")
+    config = apply(Config(), read_bindings(folder / "config.gin"))
+    reader = Store(folder / "checkpoints", config.checkpoint.keep, warn).open()
+    if reader is None:
+        raise CheckpointError(f"no checkpoint in {folder / 'checkpoints'} yet")
+    if ema and not any(name.startswith("ema.") for name in reader.shapes):
+        raise CheckpointError(f"{folder} keeps no average: training.ema_decay = None, or step 0")
+
+    def read(piece: hub.Piece) -> np.ndarray:
+        part = "router_bias" if piece.parameter.endswith("router.bias") else "params"
+        part = "ema" if ema and part == "params" else part
+        name = f"{part}.{piece.parameter}"
+        if name not in reader.shapes:
+            raise CheckpointError(f"{folder}: the checkpoint does not fit config.gin: no {name}")
+        return reader.read(name, piece.index)
+
+    return Source(config, read, *_kept_scales(folder / SCALES), folder)
+
+
+def _kept_scales(file: Path) -> tuple[Quantization | None, dict[str, Callable[[], np.ndarray]]]:
+    if not file.exists():
+        return None, {}
+    tensors, metadata = read_header(file)
+    found = hub_config.quantization_of(
+        {"quantization_config": json.loads(metadata["quantization_config"])}, str(file)
+    )
+    return found, {name: tensor.read for name, tensor in tensors.items()}
+
+
+# --- what will be written ----------------------------------------------------------------------
+
+
+def export(
+    source: Source,
+    out: str | os.PathLike,
+    *,
+    fp8: bool = False,
+    dtype: str = "bfloat16",
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write the folder `out` in the hub's layout; it appears whole or not at all.
+
+    `dtype` ('bfloat16', 'float32') is that of all tensors but the selection bias, which is FP32,
+    and, with `fp8`, the projections, which are E4M3 with scales. Files hold at most `shard_bytes`.
+    Raises CheckpointError where `out` holds something already, the disk is too small, or the layout
+    has no word for something in the configuration.
+    """
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is not empty; an export wants a new or empty folder")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is not written{nearest(dtype, DTYPES)}")
+    quantization = None
+    if fp8:
+        quantization = source.quantization or Quantization(hub_config.DEEPSEEK_FP8)
+    fields = hub_config.fields_of(source.config, dtype, quantization)
+    pieces = {piece.tensor: piece for piece in in_file_order(source.config.model)}
+    quantized = {name for name in pieces if hub.QUANTIZED.fullmatch(name)}
+    if source.quantization is not None:
+        quantized = source.scales.keys() & pieces.keys()
+    entries = plan(pieces.values(), DTYPES[dtype], quantization, quantized)
+    needed = sum(entry.nbytes for entry in entries.values())
+    with appearing(out) as making:
+        if shutil.disk_usage(making).free < needed:
+            raise CheckpointError(f"{out.parent} has no room for {needed / 1e9:.1f} GB")
+        ids = _write_beside(source, making)
+        (making / "config.json").write_text(json.dumps(fields | ids, indent=2) + "\n")
+        chunks = _chunks(source, pieces, entries, quantization)
+        _write_shards(making, list(shards(entries, shard_bytes)), chunks, progress)
+
+
+def in_file_order(model: Model) -> Iterator[hub.Piece]:
+    """Every tensor of the layout, copies included: the embedding, layer by layer, norm and head."""
+    abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), model))
+    shapes = {name: leaf.shape for name, leaf in name_leaves(abstract).items()}
+    pieces = {piece.tensor: piece for piece in hub.pieces(model, shapes)}
+    for copy, main in hub.copies(model).items():
+        pieces[copy] = pieces[main]._replace(tensor=copy)
+    yield from sorted(pieces.values(), key=lambda piece: hub.layer_of(piece.tensor))
+
+
+def plan(
+    pieces: Iterable[hub.Piece], dtype: str, quantization: Quantization | None, quantized: set[str]
+) -> dict[str, Entry]:
+    """What each tensor is on disk; scales follow their weight."""
+    entries = {}
+    for name, shape, *_ in pieces:
+        if quantization is not None and name in quantized:
+            grid = tuple(-(-n // b) for n, b in zip(shape, quantization.block, strict=True))
+            entries |= {name: Entry(FP8, shape), hub.scale_of(name): Entry("F32", grid)}
+        else:
+            always = hub.released_dtype(name) == "F32"
+            entries[name] = Entry("F32" if always else dtype, shape)
+    return entries
+
+
+def _write_shards(
+    folder: Path, parts: list[dict[str, Entry]], chunks: Iterator[np.ndarray], progress: Any
+) -> None:
+    total = sum(entry.nbytes for part in parts for entry in part.values())
+    places, done = {}, 0
+    for i, part in enumerate(parts, start=1):
+        file = SINGLE if len(parts) == 1 else f"model-{i:05}-of-{len(parts):05}.safetensors"
+        places |= dict.fromkeys(part, file)
+        end = done + sum(entry.nbytes for entry in part.values())
+        with Writer(folder / file, part, METADATA) as writer:
+            while done < end:
+                chunk = next(chunks)
+                writer.write(chunk)
+                done += chunk.nbytes
+                if progress is not None:
+                    progress("exporting weights", done, total)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def _chunks(
+    source: Source,
+    pieces: Mapping[str, hub.Piece],
+    entries: Mapping[str, Entry],
+    quantization: Quantization | None,
+) -> Iterator[np.ndarray]:
+    """The bytes of all `entries` in their order, in arrays of some rows of a tensor."""
+    for name, piece in pieces.items():
+        ours = source.read(piece)
+        tensor = ours.T if piece.transposed else ours
+        if tensor.shape != piece.shape:
+            raise CheckpointError(f"{piece.parameter} does not fit config.gin: {ours.shape}")
+        if quantization is None or entries[name].dtype != FP8:
+            for rows in _rows(tensor, 1):
+                yield _narrowed(_turned(tensor[rows]), entries[name].dtype)
+            continue
+        kept, scales = _fitting(source, name, entries), []
+        height = quantization.block[0]
+        for rows in _rows(tensor, height):
+            some = None if kept is None else kept[rows.start // height : -(-rows.stop // height)]
+            found = _quantized(
+                _turned(tensor[rows]), some, quantization.block, quantization.power_of_two
+            )
+            yield np.asarray(found.values)
+            scales.append(np.asarray(found.scales))
+        yield np.concatenate(scales)
+
+
+def _fitting(source: Source, name: str, entries: Mapping[str, Entry]) -> np.ndarray | None:
+    """The scales that a weight was imported with, if it was."""
+    if name not in source.scales:
+        return None
+    kept = source.scales[name]()
+    return kept if kept.shape == entries[hub.scale_of(name)].shape else None
+
+
+def _rows(tensor: np.ndarray, multiple: int) -> Iterator[slice]:
+    """Slices of the first dimension, of about CHUNK elements and whole multiples."""
+    length = tensor.shape[0]
+    step = max(CHUNK // max(tensor.size // max(length, 1), 1) // multiple, 1) * multiple
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _turned(part: np.ndarray) -> np.ndarray:
+    """A contiguous copy; of a transposed view in tiles, which is several times faster."""
+    if part.flags.c_contiguous:
+        return part
+    out = np.empty(part.shape, part.dtype)
+    for begin in range(0, part.shape[1], TILE):
+        out[:, begin : begin + TILE] = part[:, begin : begin + TILE]
+    return out
+
+
+def _narrowed(part: np.ndarray, dtype: str) -> np.ndarray:
+    """In FP32, or rounded to the nearest BF16, ties to even; NaN stays NaN."""
+    if dtype == "F32":
+        return part.astype(np.float32, copy=False)
+    if part.dtype != np.float32 or np.isnan(part.sum()):  # the library's cast, 4 times slower
+        return part.astype(ml_dtypes.bfloat16)
+    bits = part.view(np.uint32)
+    return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)
+
+
+def _quantized(
+    part: np.ndarray, kept: np.ndarray | None, block: tuple[int, int], power_of_two: bool
+) -> fp8.Quantized:
+    part = part.astype(np.float32, copy=False)
+    if kept is None:
+        return _fresh(part, block, power_of_two)
+    return _kept_where_exact(part, kept, block, power_of_two)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _fresh(w: jax.Array, block: tuple[int, int], power_of_two: bool) -> fp8.Quantized:
+    return fp8.quantize(w, block, power_of_two=power_of_two)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _kept_where_exact(
+    w: jax.Array, kept: jax.Array, block: tuple[int, int], power_of_two: bool
+) -> fp8.Quantized:
+    """`w` [rows, columns] in blocks of the scales `kept`, or fresh ones where these are not exact."""
+    rows, columns = w.shape
+
+    def spread(of_block):
+        tall = jnp.repeat(of_block, block[0], axis=0)[:rows]
+        return jnp.repeat(tall, block[1], axis=1)[:, :columns]
+
+    limit = float(jnp.finfo(jnp.float8_e4m3fn).max)
+    values = jnp.clip(w / spread(kept), -limit, limit).astype(jnp.float8_e4m3fn)
+    same = values.astype(jnp.float32) * spread(kept) == w
+    padded = jnp.pad(same, ((0, -rows % block[0]), (0, -columns % block[1])), constant_values=True)
+    exact = padded.reshape(kept.shape[0], block[0], kept.shape[1], block[1]).all(axis=(1, 3))
+    fresh = fp8.quantize(w, block, power_of_two=power_of_two)
+    return fp8.Quantized(
+        jnp.where(spread(exact), values, fresh.values), jnp.where(exact, kept, fresh.scales)
+    )
+
+
+# --- tokenizer ---------------------------------------------------------------------------------
+
+
+def _write_beside(source: Source, out: Path) -> dict[str, Any]:
+    """Write the tokenizer's files, if there are any; the special ids that config.json names."""
+    ids = {"bos_token_id": 0, "eos_token_id": 1}  # of the released tokenizer
+    if source.folder is None or not (source.folder / "tokenizer.json").exists():
+        return ids
+    for name in BESIDE:
+        if (source.folder / name).exists():
+            shutil.copyfile(source.folder / name, out / name)
+    path = source.folder / "tokenizer.json"
+    added, size = _read_tokenizer(path)
+    vocab = source.config.model.vocab
+    if size > vocab:
+        raise CheckpointError(f"{path} has {size} ids, more than model.vocab = {vocab}")
+    tokens = {f"{name}_token": SPECIAL_TOKENS[name] for name in ("bos", "eos", "pad")}
+    tokens = {name: token for name, token in tokens.items() if token in added}
+    ids |= {f"{name}_id": added[token]["id"] for name, token in tokens.items()}
+    keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **tokens,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {
+            str(t["id"]): {k: t[k] for k in keys if k in t} for t in added.values()
+        },
+    }
+    for name, content in (("tokenizer_config.json", described), ("generation_config.json", ids)):
+        if not (out / name).exists():
+            (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return ids
+
+
+def _read_tokenizer(path: Path) -> tuple[dict[str, dict], int]:
+    """Added tokens by content, and the number that all ids are below."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        added = {token["content"]: token for token in content.get("added_tokens") or []}
+        vocab = (content.get("model") or {}).get("vocab") or {}
+        ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
+        return added, max([*ids, *(token["id"] for token in added.values())], default=-1) + 1
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no tokenizer.json: {error}") from None

@@ -1,0 +1,112 @@
+"""A checkpoint of the hub as the parameters of our model: which tensors each is made of.
+
+All is checked on the files' headers before the first weight is read: every tensor of the model is
+there, no other is, and shapes fit. MTP layers come along; where config.json announces some that the
+files do not hold (transformers writes it so), there are none.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3.checkpoint import hub, hub_config
+from dsv3.checkpoint.manifest import name_leaves
+from dsv3.checkpoint.safetensors_file import DTYPES
+from dsv3.checkpoint.weights import Target, Weights, read_json
+from dsv3.errors import CheckpointError
+from dsv3.model.transformer import Transformer
+
+
+class Folder:
+    """A checkpoint of the hub, found sound by its headers: `config`, and parameters by dotted path.
+
+    Raises CheckpointError, one line naming the file, field or tensor, for whatever is wrong.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = Path(folder)
+        origin = str(self.path / "config.json")
+        fields = read_json(self.path / "config.json")
+        config = hub_config.config_of(fields, origin)
+        self.weights = Weights(self.path, hub_config.quantization_of(fields, origin))
+        if not any(hub.in_mtp_layer(config.model, name) for name in self.weights.headers):
+            model = dataclasses.replace(config.model, mtp_depths=0)
+            config = dataclasses.replace(config, model=model)
+        self.config = config
+        self.abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config.model))
+        self.shapes = {name: leaf.shape for name, leaf in name_leaves(self.abstract).items()}
+        self.pieces: dict[str, list[hub.Piece]] = {name: [] for name in self.shapes}
+        for piece in hub.pieces(config.model, self.shapes):
+            self.pieces[piece.parameter].append(piece)
+        wanted = {p.tensor: p for pieces in self.pieces.values() for p in pieces}
+        copies = {copy: wanted[main] for copy, main in hub.copies(config.model).items()}
+        require_fit(self.weights, wanted, copies)
+        for copy, main in copies.items():
+            if copy in self.weights.headers and not self.weights.same(copy, main.tensor):
+                raise CheckpointError(
+                    f"{self.path}: {copy} is no copy of {main.tensor}, which MTP shares"
+                )
+
+    def dtype(self, parameter: str) -> np.dtype:
+        """The precision of the files: the widest of the stacked tensors, FP32 in a checkpoint that
+        holds any FP8. The router's selection bias is FP32 always."""
+        if self.weights.scales or parameter.endswith("router.bias"):
+            return np.dtype(np.float32)
+        stored = {DTYPES[self.weights.headers[p.tensor].dtype] for p in self.pieces[parameter]}
+        return np.dtype(jnp.result_type(*stored))
+
+    def read(self, parameter: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """`parameter[index]`, from the tensors and rows of them that it is made of."""
+        bounds = [i.indices(n) for i, n in zip(index, self.shapes[parameter], strict=True)]
+        out = np.empty([stop - start for start, stop, _ in bounds], dtype)
+        self.weights.read_into(self._targets(parameter, bounds, out))
+        return out
+
+    def read_piece(self, piece: hub.Piece, dtype: np.dtype) -> np.ndarray:
+        """What `piece` is of its parameter: `parameter[piece.index]`."""
+        out = np.empty(piece.shape[::-1] if piece.transposed else piece.shape, dtype)
+        self.weights.read_into([Target(piece.tensor, out.T if piece.transposed else out)])
+        return out
+
+    def _targets(self, parameter: str, bounds: Sequence[tuple[int, int, int]], out: np.ndarray) -> Iterator[Target]:
+        for piece in self.pieces[parameter]:
+            lead = len(piece.index)
+            at = tuple(i - start for i, (start, _, _) in zip(piece.index, bounds, strict=False))
+            if all(0 <= i < n for i, n in zip(at, out.shape, strict=False)):
+                part, rest = out[at], [slice(start, stop) for start, stop, _ in bounds[lead:]]
+                yield Target(
+                    piece.tensor,
+                    part.T if piece.transposed else part,
+                    *(rest[::-1] if piece.transposed else rest),
+                )
+
+
+def require_fit(
+    weights: Weights, wanted: Mapping[str, hub.Piece], optional: Mapping[str, hub.Piece]
+) -> None:
+    """Raise CheckpointError, naming the first few, unless the tensors are the `wanted` ones, and
+    some of the `optional`, all with their shapes and in dtypes that are read."""
+    folder, found = weights.folder, weights.headers.keys()
+    surplus = {name for name in found - wanted.keys() - optional.keys()}
+    surplus = {name for name in surplus if not hub.IGNORED.fullmatch(name)}
+    faults = []
+    for verb, names in (("lacks", wanted.keys() - found), ("has surplus", surplus)):
+        if names:
+            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            faults.append(f"{verb} {len(names)} tensor{'s' * (len(names) > 1)}: {first}")
+    if faults:
+        raise CheckpointError(f"{folder} does not fit its config.json: it {'; it '.join(faults)}")
+    for name, piece in {**wanted, **optional}.items():
+        if (tensor := weights.headers.get(name)) is None:
+            continue
+        where = f"{folder}: {name} in {tensor.file.name} has"
+        if tensor.shape != piece.shape:
+            raise CheckpointError(f"{where} shape {list(tensor.shape)}, not {list(piece.shape)}")
+        if tensor.dtype not in DTYPES:
+            readable = ", ".join(DTYPES)
+            raise CheckpointError(f"{where} dtype {tensor.dtype}: read are {readable}")
