@@ -151,7 +151,7 @@ def export(
         quantization = source.quantization or Quantization(hub_config.DEEPSEEK_FP8)
     fields = hub_config.fields_of(source.config, dtype, quantization)
     pieces = {piece.tensor: piece for piece in in_file_order(source.config.model)}
-    quantized = {name for name in pieces if hub.QUANTIZED.fullmatch(name)}
+    quantized = projections(pieces.values())
     if source.quantization is not None:
         quantized = source.scales.keys() & pieces.keys()
     entries = plan(pieces.values(), DTYPES[dtype], quantization, quantized)
@@ -173,6 +173,11 @@ def in_file_order(model: Model) -> Iterator[hub.Piece]:
     for copy, main in hub.copies(model).items():
         pieces[copy] = pieces[main]._replace(tensor=copy)
     yield from sorted(pieces.values(), key=lambda piece: hub.layer_of(piece.tensor))
+
+
+def projections(pieces: Iterable[hub.Piece]) -> set[str]:
+    """The tensors that the released checkpoint has in FP8."""
+    return {piece.tensor for piece in pieces if hub.QUANTIZED.fullmatch(piece.tensor)}
 
 
 def plan(
