@@ -150,8 +150,8 @@ def report(gigabytes: float, folder: Path) -> None:
     outputs = {"import": "workdir", "export in FP8": "fp8", "export in BF16": "bf16"}
     for name in JOBS:
         seconds, peak = measured(name, folder)
-        out = folder / outputs[name] if name in outputs else None
-        written = tree_bytes(out) if out else 0
+        out = folder / outputs.get(name, "nothing")
+        written = tree_bytes(out)
         files = written if name.startswith("export") else size
         print(f"| {name} | {seconds:.1f} | {files / 1e6 / seconds:.0f} | {written / 1e9:.2f} | "
               f"{peak / 1e9:.2f}{' > goal' if peak > limit else ''} |", flush=True)  # fmt: skip

@@ -299,7 +299,7 @@ def _fresh(w: jax.Array, block: tuple[int, int], power_of_two: bool) -> fp8.Quan
 def _kept_where_exact(
     w: jax.Array, kept: jax.Array, block: tuple[int, int], power_of_two: bool
 ) -> fp8.Quantized:
-    """`w` [rows, columns] in blocks of the scales `kept`, or fresh ones where these are not exact."""
+    """`w` [rows, columns] by the scales `kept` of its blocks, or fresh ones where not exact."""
     rows, columns = w.shape
 
     def spread(of_block):

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +53,13 @@ class Folder:
                     f"{self.path}: {copy} is no copy of {main.tensor}, which MTP shares"
                 )
 
-    def dtype(self, parameter: str) -> np.dtype:
-        """The precision of the files: the widest of the stacked tensors, FP32 in a checkpoint that
-        holds any FP8. The router's selection bias is FP32 always."""
-        if self.weights.scales or parameter.endswith("router.bias"):
+    def dtype(self, parameter: str, asked: Any = None) -> np.dtype:
+        """The precision `asked` for, or that of the files: the widest of the stacked tensors, FP32
+        in a checkpoint that holds any FP8. The router's selection bias is FP32 always."""
+        if parameter.endswith("router.bias") or (asked is None and self.weights.scales):
             return np.dtype(np.float32)
         stored = {DTYPES[self.weights.headers[p.tensor].dtype] for p in self.pieces[parameter]}
-        return np.dtype(jnp.result_type(*stored))
+        return np.dtype(jnp.result_type(*stored) if asked is None else asked)
 
     def read(self, parameter: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         """`parameter[index]`, from the tensors and rows of them that it is made of."""
@@ -73,7 +74,9 @@ class Folder:
         self.weights.read_into([Target(piece.tensor, out.T if piece.transposed else out)])
         return out
 
-    def _targets(self, parameter: str, bounds: Sequence[tuple[int, int, int]], out: np.ndarray) -> Iterator[Target]:
+    def _targets(
+        self, parameter: str, bounds: Sequence[tuple[int, int, int]], out: np.ndarray
+    ) -> Iterator[Target]:
         for piece in self.pieces[parameter]:
             lead = len(piece.index)
             at = tuple(i - start for i, (start, _, _) in zip(piece.index, bounds, strict=False))

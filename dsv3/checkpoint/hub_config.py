@@ -9,7 +9,7 @@ as it was found (`Quantization`): a checkpoint that is imported and exported aga
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dsv3.bindings import apply, difference
@@ -186,8 +186,6 @@ def _in_hub_words(message: str) -> str:
     }
     words = FIELDS | YARN | others
     return re.sub(r"model(\.\w+)+", lambda path: words.get(path[0], path[0]), message)
-
-
 
 
 def quantization_of(fields: Mapping[str, Any], origin: str) -> Quantization | None:

@@ -13,13 +13,13 @@ not at all; what was interrupted begins anew.
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv3 import counts
 from dsv3.checkpoint import exporting
@@ -53,16 +53,14 @@ def load(
     found = Folder(folder)
     parameters = []
     for name, shape in found.shapes.items():
-        own = np.dtype(dtype or found.dtype(name)) if not name.endswith("router.bias") else None
+        read = functools.cache(  # what several devices hold is read once
+            functools.partial(found.read, name, dtype=found.dtype(name, dtype))
+        )
         sharding = place(name, shape) if place else None
-
-        def part(index, name=name, own=own or np.dtype(np.float32)):
-            return found.read(name, index, own)
-
         if sharding is None:
-            parameters.append(jnp.asarray(part(tuple(slice(None) for _ in shape))))
+            parameters.append(jnp.asarray(read(tuple(slice(0, n) for n in shape))))
         else:
-            parameters.append(jax.make_array_from_callback(shape, sharding, part))
+            parameters.append(jax.make_array_from_callback(shape, sharding, read))
     return found.config, jax.tree.unflatten(jax.tree.structure(found.abstract), parameters)
 
 

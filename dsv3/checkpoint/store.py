@@ -31,7 +31,7 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +142,13 @@ class Store:
         sound step has other names, shapes or dtypes, where only damaged ones are left, and where
         `step` is missing or damaged.
         """
-        return self._newest(lambda s: self._load(s, abstract_state), step)
+        return self.restore_what(lambda names: abstract_state, step)
+
+    def restore_what(
+        self, abstract_of: Callable[[Collection[str]], Any], step: int | None = None
+    ) -> Restored | None:
+        """`restore` for what depends on the names of the arrays that the step holds."""
+        return self._newest(lambda s: self._load(s, abstract_of), step)
 
     def read_extra(self, step: int | None = None) -> dict | None:
         """The verified `extra` of the newest step, or of `step`, without its arrays."""
@@ -187,9 +193,11 @@ class Store:
             )
         return None
 
-    def _load(self, step: int, abstract_state: Any) -> Restored:
-        path, wanted = self._path(step), name_leaves(abstract_state)
+    def _load(self, step: int, abstract_of: Callable[[Collection[str]], Any]) -> Restored:
+        path = self._path(step)
         manifest = Manifest.read(path, step)
+        abstract_state = abstract_of(manifest.arrays.keys())
+        wanted = name_leaves(abstract_state)
         manifest.check_files(path, lambda i, _: i % jax.process_count() == jax.process_index())
         if difference := manifest.difference(wanted):
             raise CheckpointError(f"{path} does not fit this configuration: {difference}")
