@@ -205,13 +205,16 @@ def quantization_of(fields: Mapping[str, Any], origin: str) -> Quantization | No
         if found.get("scale_fmt") not in SCALE_FORMATS:
             raise ConfigError(f"scale_fmt = {found['scale_fmt']!r} is not supported, only 'ue8m0'")
         block = found.get("weight_block_size")
-        conform(block, tuple[int, int], "weight_block_size")
-        if min(block) < 1:
-            raise ConfigError(f"weight_block_size = {block} is not positive")
+        if not (isinstance(block, list) and len(block) == 2 and all(map(_positive, block))):
+            raise ConfigError(f"weight_block_size = {block!r} is no block, as [128, 128] is")
     except ConfigError as error:
         where = "" if str(error).startswith("quantization_config") else "quantization_config."
         raise CheckpointError(f"{origin}: {where}{error}") from None
     return Quantization(found)
+
+
+def _positive(size: Any) -> bool:
+    return type(size) is int and size > 0
 
 
 # --- the other direction -----------------------------------------------------------------------

@@ -110,7 +110,8 @@ def _entry(file: Path, data: int, name: str, entry: Any) -> Tensor:
         whole = [begin, end, *shape]
     except (KeyError, TypeError, ValueError):
         raise _damaged(file, f"{name} lacks dtype, shape or data_offsets") from None
-    if not all(type(n) is int and n >= 0 for n in whole) or dtype not in BYTES:
+    counted = all(type(n) is int and n >= 0 for n in whole)
+    if not counted or not isinstance(dtype, str) or dtype not in BYTES:
         raise _damaged(file, f"{name} is {dtype!r} {shape} at {begin} to {end}")
     tensor = Tensor(file, tuple(shape), dtype, data + begin)
     if tensor.nbytes != end - begin:

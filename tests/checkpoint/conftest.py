@@ -1,10 +1,12 @@
-"""Directories with two sound steps."""
+"""Directories with two sound steps, and copies of checkpoints of the hub."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from dsv3.checkpoint.store import Store
+from tests.checkpoint.folders import GOLDEN
 from tests.checkpoint.states import small
 
 
@@ -21,3 +23,21 @@ def two_steps(tmp_path_factory):
 @pytest.fixture
 def harmed(two_steps, tmp_path):
     return shutil.copytree(two_steps, tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of the single-file golden checkpoint."""
+    return Path(shutil.copytree(GOLDEN / "groups", tmp_path / "hf"))
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    """A copy of the golden checkpoint with MTP in four files."""
+    return Path(shutil.copytree(GOLDEN / "mtp_sharded", tmp_path / "hf"))
+
+
+@pytest.fixture
+def fp8_folder(tmp_path) -> Path:
+    """A copy of the golden checkpoint in FP8, with MTP in two files."""
+    return Path(shutil.copytree(GOLDEN / "fp8", tmp_path / "hf"))

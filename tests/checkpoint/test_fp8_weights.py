@@ -1,0 +1,216 @@
+"""Weights in FP8: dequantised as transformers wants them, and written again bit for bit."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsv3.checkpoint import exporting, hub, huggingface
+from dsv3.checkpoint.folder import Folder
+from dsv3.checkpoint.hub_config import DEEPSEEK_FP8
+from dsv3.checkpoint.manifest import name_leaves
+from dsv3.checkpoint.safetensors_file import METADATA, save
+from dsv3.evaluation.logits import logits
+from tests.checkpoint.folders import (
+    GOLDEN,
+    assert_same_tensors,
+    golden,
+    in_hub_layout,
+    rewrite,
+    stored,
+)
+
+E4M3 = ml_dtypes.float8_e4m3fn
+
+
+def spread(scales: np.ndarray, shape: tuple[int, ...], block=(128, 128)) -> np.ndarray:
+    rows, columns = (np.arange(n) // b for n, b in zip(shape, block, strict=True))
+    return scales[rows][:, columns]
+
+
+def blocks(w: np.ndarray, block) -> np.ndarray:
+    """max|w| of each block, slowly."""
+    rows, columns = (range(0, n, b) for n, b in zip(w.shape, block, strict=True))
+    return np.array([[np.abs(w[i : i + block[0], j : j + block[1]]).max() for j in columns]
+                     for i in rows], np.float32)  # fmt: skip
+
+
+# --- in ----------------------------------------------------------------------------------------
+
+
+def test_agrees_with_transformers_on_the_dequantised_weights():
+    """1e-4 where logits reach 9, as for the other golden files."""
+    wanted = golden("fp8")
+    _, model = huggingface.load(GOLDEN / "fp8")
+    found = logits(model, wanted["tokens"])
+    np.testing.assert_allclose(found["logits"], wanted["logits"], rtol=0, atol=1e-4)
+    mtp_BTV = found["mtp_logits"][:, :-1]
+    np.testing.assert_allclose(mtp_BTV, wanted["mtp_logits"], rtol=0, atol=1e-4)
+
+
+def test_is_the_product_with_the_scale_in_fp32_throughout():
+    config, model = huggingface.load(GOLDEN / "fp8")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"float32"}
+    files, found = stored(GOLDEN / "fp8"), in_hub_layout(config.model, name_leaves(model))
+    partial = 0
+    for name, tensor in found.items():
+        wanted = files[name].read().astype(np.float32)
+        if (scales := files.get(hub.scale_of(name))) is not None:
+            wanted = wanted * spread(scales.read(), tensor.shape)
+            partial += any(n > 128 and n % 128 for n in tensor.shape)
+        np.testing.assert_array_equal(tensor, wanted, name)
+    assert partial > 20
+
+
+def test_another_precision_is_rounded_from_that():
+    exact = jax.tree.leaves(huggingface.load(GOLDEN / "fp8")[1])
+    rounded = jax.tree.leaves(huggingface.load(GOLDEN / "fp8", dtype="bfloat16")[1])
+    for one, other in zip(exact, rounded, strict=True):
+        np.testing.assert_array_equal(one.astype(other.dtype), other)
+
+
+# --- out ---------------------------------------------------------------------------------------
+
+
+def requantised(folder: Path, scales_of, **said) -> Path:
+    """The golden checkpoint with the scales that `scales_of(max|W| of blocks)` gives."""
+    block = said.get("weight_block_size", [128, 128])
+
+    def edit(tensors):
+        for name in [n for n in tensors if hub.QUANTIZED.fullmatch(n)]:
+            old = tensors[hub.scale_of(name)]
+            w = tensors[name].astype(np.float32) * spread(old, tensors[name].shape)
+            scales = scales_of(blocks(w, block)).astype(np.float32)
+            tensors[hub.scale_of(name)] = scales
+            tensors[name] = (w / spread(scales, w.shape, block)).clip(-448, 448).astype(E4M3)
+
+    rewrite(folder, edit)
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = DEEPSEEK_FP8 | said
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def power_of_two(amax):
+    return 2.0 ** np.ceil(np.log2(amax / 448))
+
+
+def remembered(amax):
+    return amax / 448 * np.random.default_rng(0).uniform(1, 3, amax.shape)
+
+
+@pytest.mark.parametrize(
+    ("scales_of", "said"),
+    [
+        (lambda amax: np.maximum(amax, 1e-4) / 448, {}),
+        (power_of_two, {"scale_fmt": "ue8m0"}),
+        (remembered, {}),
+        (lambda amax: amax / 240, {"weight_block_size": [64, 96]}),
+    ],
+)
+def test_whatever_made_the_scales_the_bytes_come_back(fp8_folder, tmp_path, scales_of, said):
+    requantised(fp8_folder, scales_of, **said)
+    exporting.export(exporting.of_folder(fp8_folder), tmp_path / "out", fp8=True)
+    assert_same_tensors(fp8_folder, tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["quantization_config"] == DEEPSEEK_FP8 | said
+
+
+def test_tensors_that_were_not_in_fp8_do_not_become_it(fp8_folder, tmp_path):
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def widen(tensors):
+        scales = tensors.pop(hub.scale_of(name))
+        w = tensors[name].astype(np.float32) * spread(scales, tensors[name].shape)
+        tensors[name] = w.astype(ml_dtypes.bfloat16)
+
+    rewrite(fp8_folder, widen)
+    exporting.export(exporting.of_folder(fp8_folder), tmp_path / "out", fp8=True)
+    assert_same_tensors(fp8_folder, tmp_path / "out")
+
+
+def test_without_the_scales_they_cannot_be_found_again():
+    """Why an import keeps them: amax / 448 of w = 448 · s is not s, for about one in ten."""
+    s = np.random.default_rng(0).uniform(1, 2, 10_000).astype(np.float32)
+    changed = np.mean(np.float32(448) * s / np.float32(448) != s)
+    assert 0.08 < changed < 0.13
+    values = np.arange(127, dtype=np.uint8).view(E4M3)
+    w = values.astype(np.float32) * s[:, None]
+    assert np.array_equal((w / s[:, None]).astype(E4M3), np.broadcast_to(values, w.shape))
+
+
+def test_a_block_that_was_trained_has_a_fresh_scale_and_the_others_theirs(fp8_folder, tmp_path):
+    source = exporting.of_folder(requantised(fp8_folder, remembered))
+    name, largest = "model.layers.0.self_attn.q_a_proj.weight", 3.0
+
+    def trained(piece):
+        w = source.read(piece)
+        if piece.tensor == name:
+            w[150, 130] = largest  # ours is [inputs, outputs]: block (1, 1) of four
+        return w
+
+    exporting.export(dataclasses.replace(source, read=trained), tmp_path / "out", fp8=True)
+    before, after = stored(fp8_folder), stored(tmp_path / "out")
+    kept = before[hub.scale_of(name)].read() == after[hub.scale_of(name)].read()
+    assert kept.tolist() == [[True, True], [True, False]]
+    assert after[hub.scale_of(name)].read()[1, 1] == np.float32(largest) / np.float32(448)
+    assert after[name].read()[130, 150] == 448
+    differing = [n for n in before if before[n].read().tobytes() != after[n].read().tobytes()]
+    assert set(differing) == {name, hub.scale_of(name)}
+
+
+def half_step(w: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Half the distance of neighbouring E4M3 numbers at w / scale, times the scale."""
+    exponent = np.floor(np.log2(np.maximum(np.abs(w / scales), 2.0**-9)))
+    return scales * 2.0 ** (np.maximum(exponent, -6) - 4)
+
+
+def test_bf16_to_fp8_and_back_is_within_half_a_step(tmp_path):
+    bf16, fp8, back = (tmp_path / name for name in ("bf16", "fp8", "back"))
+    exporting.export(exporting.of_folder(GOLDEN / "fp8"), bf16)
+    exporting.export(exporting.of_folder(bf16), fp8, fp8=True)
+    exporting.export(exporting.of_folder(fp8), back)
+    assert not any(name.endswith("_scale_inv") for name in stored(back))
+    one, quantized, other = stored(bf16), stored(fp8), stored(back)
+    for name in one:
+        w, again = (t[name].read().astype(np.float64) for t in (one, other))
+        if hub.QUANTIZED.fullmatch(name):
+            scales = spread(quantized[hub.scale_of(name)].read(), w.shape).astype(np.float64)
+            rounding = np.abs(again) * 2.0**-8  # to BF16 at the end
+            assert np.all(np.abs(again - w) <= half_step(w, scales) * (1 + 1e-6) + rounding), name
+        else:
+            np.testing.assert_array_equal(again, w, name)
+
+
+def test_dequantised_to_bf16_is_the_product_rounded_once(tmp_path):
+    exporting.export(exporting.of_folder(GOLDEN / "fp8"), tmp_path / "out", dtype="bfloat16")
+    exact, found = Folder(GOLDEN / "fp8").weights, stored(tmp_path / "out")
+    for name in exact.headers:
+        wanted = exact.read(name).astype(found[name].read().dtype)
+        np.testing.assert_array_equal(found[name].read(), wanted, name)
+
+
+def test_a_block_of_zeros(tmp_path):
+    source = exporting.of_folder(GOLDEN / "fp8")
+    zeros = dataclasses.replace(
+        source, read=lambda piece: np.zeros_like(source.read(piece)), scales={}, quantization=None
+    )
+    exporting.export(zeros, tmp_path / "out", fp8=True)
+    _, model = huggingface.load(tmp_path / "out")
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(model))
+
+
+def test_a_large_tensor_is_the_same_in_one_chunk_or_many(monkeypatch, tmp_path):
+    monkeypatch.setattr(exporting, "CHUNK", 160 * 128)
+    exporting.export(exporting.of_folder(GOLDEN / "fp8"), tmp_path / "out", fp8=True)
+    assert_same_tensors(GOLDEN / "fp8", tmp_path / "out")
+    monkeypatch.setattr("dsv3.checkpoint.weights.CHUNK_BYTES", 1000)
+    found = Folder(GOLDEN / "fp8").weights
+    for name, tensor in stored(tmp_path / "out").items():
+        if name in found.headers and name not in found.scales:
+            np.testing.assert_array_equal(found.read(name), tensor.read())
+    save(tmp_path / "again", {n: found.read(n) for n in found.scales}, METADATA)

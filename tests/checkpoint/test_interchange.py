@@ -1,0 +1,255 @@
+"""The commands: a workdir from a checkpoint of the hub, and the way back."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3.checkpoint import exporting, huggingface
+from dsv3.checkpoint.safetensors_file import read_header
+from dsv3.checkpoint.store import Store
+from dsv3.checkpoint.trained import from_workdir, restore
+from dsv3.checkpoint.weights import INDEX
+from dsv3.data.tokenizer import SPECIAL_TOKENS, ready_made
+from dsv3.errors import CheckpointError
+from dsv3.training import state
+from tests.checkpoint.folders import (
+    GOLDEN,
+    assert_same_tensors,
+    edit_config,
+    edit_tensors,
+    stored,
+)
+
+
+def run(*arguments: object) -> None:
+    huggingface.main([str(a) for a in arguments])
+
+
+def test_import_makes_a_workdir(sharded, tmp_path, capsys):
+    (sharded / "tokenizer.json").write_text('{"as": "it is"}')
+    workdir = tmp_path / "runs" / "imported"
+    run("import", "--hf", sharded, "--workdir", workdir)
+    assert "3 layers" in capsys.readouterr().out
+    assert (workdir / "tokenizer.json").read_text() == '{"as": "it is"}'
+    config, model = huggingface.load(sharded)
+    trained = from_workdir(workdir, warn=pytest.fail)
+    assert trained.config.model == config.model
+    jax.tree.map(np.testing.assert_array_equal, trained.model, model)
+    assert [p.name for p in workdir.parent.iterdir()] == ["imported"]
+
+
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_import_keeps_what_is_there(folder, tmp_path, capsys, there):
+    workdir = tmp_path / "run"
+    mine = workdir if there == "file" else workdir / "config.gin"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        run("import", "--hf", folder, "--workdir", workdir)
+    assert ended.value.code == 2
+    assert "not empty" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
+def test_a_failed_import_leaves_nothing(folder, tmp_path, capsys):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit) as ended:
+        run("import", "--hf", folder, "--workdir", tmp_path / "runs" / "imported")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run("ixport")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- and back ----------------------------------------------------------------------------------
+
+
+def imported(folder, tmp_path):
+    run("import", "--hf", folder, "--workdir", tmp_path / "workdir")
+    return tmp_path / "workdir"
+
+
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [("mtp_sharded", ["--dtype", "float32"]), ("bf16", []), ("fp8", ["--fp8"])],
+)
+def test_import_and_export_and_import_is_bit_exact(tmp_path, case, how):
+    first, out = imported(GOLDEN / case, tmp_path), tmp_path / "out"
+    run("export", "--workdir", first, "--out", out, *how)
+    assert_same_tensors(GOLDEN / case, out)
+    second = tmp_path / "second"
+    run("import", "--hf", out, "--workdir", second)
+    one, other = (from_workdir(workdir, pytest.fail) for workdir in (first, second))
+    assert one.config.model == other.config.model
+    jax.tree.map(np.testing.assert_array_equal, one.model, other.model)
+
+
+def test_files_are_as_large_as_allowed_and_indexed(tmp_path):
+    out = tmp_path / "out"
+    run("export", "--hf", GOLDEN / "mtp_sharded", "--out", out, "--shard-gb", 5e-5)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    places = json.loads((out / INDEX).read_text())
+    sizes = {}
+    for file in files:
+        tensors = read_header(file).tensors
+        assert tensors.keys() == {n for n, at in places["weight_map"].items() if at == file.name}
+        sizes |= {name: tensor.nbytes for name, tensor in tensors.items()}
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 50_000
+    assert places["metadata"]["total_size"] == sum(sizes.values())
+    huggingface.load(out)
+
+
+def test_an_import_holds_weights_alone_and_training_begins_from_them(tmp_path):
+    workdir = imported(GOLDEN / "groups", tmp_path)
+    trained = from_workdir(workdir, pytest.fail)
+    store = Store(workdir / "checkpoints", 3, pytest.fail)
+    names = store.open().shapes
+    assert {name.partition(".")[0] for name in names} == {"params", "router_bias"}
+    begun = restore(trained.config, store).state
+    fresh = state.from_model(trained.config, trained.model)
+    assert jax.tree.structure(begun) == jax.tree.structure(fresh)
+    jax.tree.map(np.testing.assert_array_equal, begun, fresh)
+    store.save(7, begun, {})
+    assert restore(trained.config, store).step == 7
+    jax.tree.map(np.testing.assert_array_equal, restore(trained.config, store).state, begun)
+
+
+def test_the_average_is_exported_where_there_is_one(tmp_path, capsys):
+    workdir = imported(GOLDEN / "fp8", tmp_path)
+    with pytest.raises(SystemExit):
+        run("export", "--workdir", workdir, "--out", tmp_path / "out", "--ema")
+    assert "keeps no average" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="was not trained: it has no average"):
+        from_workdir(workdir, pytest.fail, ema=True)
+    config = from_workdir(workdir, pytest.fail).config
+    store = Store(workdir / "checkpoints", 3, pytest.fail)
+    begun = restore(config, store).state
+    halved = dataclasses.replace(begun, ema=jax.tree.map(lambda x: x / 2, begun.ema))
+    store.save(3, halved, {})
+    run("export", "--workdir", workdir, "--out", tmp_path / "live", "--dtype", "float32")
+    run("export", "--workdir", workdir, "--out", tmp_path / "ema", "--dtype", "float32", "--ema")
+    live, average = stored(tmp_path / "live"), stored(tmp_path / "ema")
+    assert live.keys() == average.keys()
+    for name in live:
+        share = 1 if name.endswith("bias") else 2  # it is moved, not averaged
+        np.testing.assert_array_equal(live[name].read() / share, average[name].read(), name)
+    with pytest.raises(SystemExit):
+        run("export", "--hf", GOLDEN / "fp8", "--out", tmp_path / "x", "--ema")
+    assert "--ema belongs to --workdir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_export_keeps_what_is_there(folder, tmp_path, capsys, there):
+    out = tmp_path / "out"
+    mine = out if there == "file" else out / "config.json"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        run("export", "--hf", folder, "--out", out)
+    assert ended.value.code == 2
+    assert "not empty" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
+    source = exporting.of_folder(GOLDEN / "mtp_sharded")
+
+    def fails(piece):
+        if piece.tensor == "model.norm.weight":
+            raise CheckpointError("torn")
+        return source.read(piece)
+
+    with pytest.raises(CheckpointError, match="torn"):
+        exporting.export(dataclasses.replace(source, read=fails), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_wants_a_run_with_a_checkpoint_and_room(tmp_path, capsys, monkeypatch):
+    def refusal(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            run("export", *arguments, "--out", tmp_path / "out")
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        return error
+
+    assert "is no run: it has no config.gin" in refusal("--workdir", tmp_path)
+    (tmp_path / "config.gin").write_text("")
+    assert "no checkpoint in" in refusal("--workdir", tmp_path)
+    groups = ("--hf", GOLDEN / "groups")
+    assert "--shard-gb" in refusal(*groups, "--shard-gb", "0")
+    assert "invalid choice: 'float8'" in refusal(*groups, "--dtype", "float8")
+    assert "required" in refusal()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "has no room for 0.0 GB" in refusal(*groups)
+
+
+# --- what servers read -------------------------------------------------------------------------
+
+
+def with_tokenizer(folder, tmp_path, definition):
+    workdir = imported(folder, tmp_path)
+    (workdir / "tokenizer.json").write_text(definition)
+    return workdir
+
+
+def test_a_tokenizer_comes_with_what_servers_read(tmp_path):
+    edit_config(folder := wide_vocabulary(tmp_path), vocab_size=272)
+    workdir = with_tokenizer(folder, tmp_path, ready_made("bytes"))
+    run("export", "--workdir", workdir, "--out", tmp_path / "out")
+    read = {p.name: json.loads(p.read_text("utf-8")) for p in (tmp_path / "out").glob("*.json")}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    assert ids.items() <= read["config.json"].items()
+    assert read["generation_config.json"] == ids
+    said = read["tokenizer_config.json"]
+    assert said["eos_token"] == SPECIAL_TOKENS["eos"] and said["tokenizer_class"]
+    assert said["added_tokens_decoder"]["3"]["content"] == SPECIAL_TOKENS["fim_hole"]
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == ready_made("bytes")
+
+    (tmp_path / "out" / "generation_config.json").write_text('{"temperature": 0.3}')
+    run("import", "--hf", tmp_path / "out", "--workdir", tmp_path / "second")
+    run("export", "--workdir", tmp_path / "second", "--out", tmp_path / "third")
+    assert (tmp_path / "third" / "generation_config.json").read_text() == '{"temperature": 0.3}'
+
+
+def wide_vocabulary(tmp_path):
+    """A checkpoint with room for the ids of the bytes."""
+    folder = Path(shutil.copytree(GOLDEN / "groups", tmp_path / "wide"))
+
+    def edit(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = np.resize(tensors[name], (272, 32))
+
+    edit_tensors(folder, edit)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("definition", "named"),
+    [
+        (ready_made("bytes"), "has 264 ids, more than model.vocab = 64"),
+        ('{"added_tokens": [5]}', "is no tokenizer.json"),
+        ("{", "is no tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, capsys, definition, named):
+    workdir = with_tokenizer(GOLDEN / "groups", tmp_path, definition)
+    with pytest.raises(SystemExit):
+        run("export", "--workdir", workdir, "--out", tmp_path / "out")
+    assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
