@@ -68,9 +68,22 @@ class Source:
 
 
 def of_model(config: Config, model: Transformer) -> Source:
-    """A model in memory, on whatever devices of this process."""
+    """A model in memory, sharded in whatever way over devices of this process."""
     leaves = name_leaves(model)
-    return Source(config, lambda piece: np.asarray(leaves[piece.parameter][piece.index]))
+    return Source(config, lambda piece: _gathered(leaves[piece.parameter], piece.index))
+
+
+def _gathered(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """`array[index]` on the host, from the shards that have some of it."""
+    lead = len(index)
+    out = np.empty(array.shape[lead:], array.dtype)
+    for shard in array.addressable_shards:
+        bounds = [s.indices(n) for s, n in zip(shard.index, array.shape, strict=True)]
+        holds = all(start <= i < stop for i, (start, stop, _) in zip(index, bounds, strict=False))
+        if shard.replica_id == 0 and holds:
+            at = tuple(i - start for i, (start, *_) in zip(index, bounds, strict=False))
+            out[shard.index[lead:]] = np.asarray(shard.data[at])
+    return out
 
 
 def of_folder(folder: str | os.PathLike) -> Source:
