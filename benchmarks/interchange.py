@@ -158,8 +158,9 @@ def report(gigabytes: float, folder: Path) -> None:
         out = folder / outputs.get(name, "nothing")
         written = tree_bytes(out)
         files = written if name.startswith("export") else size
-        print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {files / 1e6 / seconds:.0f} | {written / 1e9:.2f} | "
-              f"{peak / 1e9:.2f}{' > goal' if peak > limit else ''} |", flush=True)  # fmt: skip
+        speed, fault = files / 1e6 / seconds, " > goal" if peak > limit else ""
+        print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {speed:.0f} | {written / 1e9:.2f} | "
+              f"{peak / 1e9:.2f}{fault} |", flush=True)  # fmt: skip
         if name == "import":
             speed = disk_speed(folder, min(written, PLAIN_BYTES))
             print(f"| disk, {speed:.0f} MB/s | | | {speed * size / written:.0f} | | |", flush=True)

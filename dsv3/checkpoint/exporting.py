@@ -129,9 +129,11 @@ def _kept_scales(file: Path) -> tuple[Quantization | None, dict[str, Callable[[]
     if not file.exists():
         return None, {}
     tensors, metadata = read_header(file)
-    found = hub_config.quantization_of(
-        {"quantization_config": json.loads(metadata["quantization_config"])}, str(file)
-    )
+    try:
+        said = {"quantization_config": json.loads(metadata["quantization_config"])}
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{file} is damaged: it has no quantization_config") from None
+    found = hub_config.quantization_of(said, str(file))
     return found, {name: tensor.read for name, tensor in tensors.items()}
 
 
