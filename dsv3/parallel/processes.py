@@ -21,6 +21,7 @@ from dsv3.errors import UserError
 
 WAIT_SECONDS = 3600  # longer than any process may take on its own: the dead are found before
 _rounds = itertools.count()
+_LAG = 64  # calls of an agreement that a process may be behind; collectives allow it a few
 
 
 def is_first() -> bool:
@@ -63,3 +64,34 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
                 if kind.__name__ == name:
                     raise kind(message)
             raise UserError(f"process {process}: {message or name}")
+
+
+class Agreement:
+    """What any process wants, heard by all at the same call.
+
+    Every process calls it at the same moments of the same work, a step of training for instance, in
+    which they also wait for each other. The first is told what others want and says what holds, and
+    the others wait for that: one message each, and no device.
+    """
+
+    def __init__(self):
+        self._calls = itertools.count()
+        self._name = f"dsv3/agreement/{next(_rounds)}"
+        self._told = False
+
+    def __call__(self, wish: str | None) -> str | None:
+        """`wish` or that of another process, made at an earlier call or this one."""
+        if jax.process_count() == 1:
+            return wish
+        store: Any = distributed.global_state.client
+        call = next(self._calls)
+        if wish and not self._told:
+            store.key_value_set(f"{self._name}/wish", wish, allow_overwrite=True)
+            self._told = True
+        if is_first():
+            wishes = dict(store.key_value_dir_get(self._name))
+            heard = json.dumps(wishes.get(f"{self._name}/wish"))
+            store.key_value_set(f"{self._name}-{call}", heard)
+            if call >= _LAG:
+                store.key_value_delete(f"{self._name}-{call - _LAG}")
+        return json.loads(store.blocking_key_value_get(f"{self._name}-{call}", WAIT_SECONDS * 1000))

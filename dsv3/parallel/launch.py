@@ -1,0 +1,203 @@
+"""Becoming one of several processes, and ending well when another does not.
+
+    python train.py ... --coordinator HOST:PORT --processes N --process I
+
+or the same command under a launcher that jax knows: SLURM, Open MPI, Kubernetes, Cloud TPU. The
+processes find each other through the coordinator, a service in process 0, of `jax.distributed`.
+
+Where a process does not come, or dies later, that runtime aborts the others, each in a thread of
+its own, with pages of C++ and a signal. So the work is done in a child, and its parent, which never
+starts JAX, passes on what it says and the signals it gets, and at its end says in one line what the
+runtime said in many: which process was missed. The child dies with its parent, whoever kills that.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import select
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax._src import distributed  # jax.distributed cannot set how long a process is waited for
+from jax._src.clusters import ClusterEnv
+from jax._src.lib import _jax
+
+from dsv3.errors import UserError, exits_cleanly
+
+HEARTBEAT_SECONDS = 30  # without one a process is dead; on the CPU its sockets tell at once
+SHUTDOWN_SECONDS = 60  # between the end of the first process and the last
+LOST = re.compile(r"gloo|nccl|connection|socket|coordination|DEADLINE|UNAVAILABLE|CANCELLED", re.I)
+AGAIN = "the same command resumes from the last checkpoint"
+_PR_SET_PDEATHSIG = 1  # from sys/prctl.h
+_TAIL = 1 << 15  # bytes of a child's last words
+
+
+class Place(NamedTuple):
+    """Which of how many processes this is, and where process 0 listens."""
+
+    coordinator: str
+    processes: int
+    process: int
+    devices: Sequence[int] | None = None  # the accelerators of this host that are its own
+
+
+def place_of(coordinator: str | None, processes: int | None, process: int | None) -> Place | None:
+    """The place that the options name, or the launcher; None for a process that is alone.
+
+    Raises UserError on options that do not fit together.
+    """
+    if processes == 1 and process in (None, 0):
+        return None
+    if coordinator is None and processes is None and process is None:
+        return _place_in_cluster()
+    if coordinator is None or processes is None or process is None:
+        raise UserError("--coordinator, --processes and --process go together")
+    if not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise UserError(f"--coordinator {coordinator} is not HOST:PORT")
+    if not 0 <= process < processes:
+        raise UserError(f"--process {process} must lie between 0 and {processes - 1}")
+    return Place(coordinator, processes, process)
+
+
+def _place_in_cluster() -> Place | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a Kubernetes without its Python package
+        try:
+            found = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 60)
+        except Exception as error:
+            raise UserError(
+                f"the launcher was not understood: {error}; --coordinator, --processes and "
+                "--process say what it should have, --processes 1 that there is no other process"
+            ) from error
+    coordinator, processes, process, devices = found
+    if coordinator is None or process is None or (processes or 1) == 1:
+        return None
+    return Place(coordinator, processes, process, devices)
+
+
+def run(place: Place | None, seconds: int, work: Callable[[], None]) -> None:
+    """`work` as the process at `place`, once all have come; None: as a process that is alone.
+
+    The others are waited for so many seconds. Work happens in a child process. Where it fails, the
+    child ends at once, without waiting for the others as JAX would at its exit; they miss it then.
+    Raises UserError where one of them is missed here.
+    """
+    if place is None:
+        return work()
+    _supervise(place, seconds)
+    try:
+        _together(place, seconds, work)
+        jax.distributed.shutdown()
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and error.code else 1)
+
+
+@exits_cleanly
+def _together(place: Place, seconds: int, work: Callable[[], None]) -> None:
+    _join(place, seconds)
+    try:
+        work()
+    except jax.errors.JaxRuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"process {place.process} lost another one: {reason}; {AGAIN}") from error
+
+
+def _join(place: Place, seconds: int) -> None:
+    """What `jax.distributed.initialize` does, but that process 0 waits no longer than `seconds`."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if place.devices is not None:
+        visible = ",".join(map(str, place.devices))
+        for kind in ("cuda", "rocm", "oneapi"):
+            jax.config.update(f"jax_{kind}_visible_devices", visible)
+    state = distributed.global_state
+    state.coordinator_address = place.coordinator
+    state.num_processes, state.process_id = place.processes, place.process
+    patience: dict[str, Any] = {
+        "heartbeat_timeout": HEARTBEAT_SECONDS,
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+    }
+    if place.process == 0:
+        port = place.coordinator.rpartition(":")[2]
+        state.service = _jax.get_distributed_runtime_service(
+            f"[::]:{port}", place.processes, cluster_register_timeout=seconds, **patience
+        )
+    state.client = _jax.get_distributed_runtime_client(
+        place.coordinator, place.process, init_timeout=seconds + 5, use_compression=True,
+        shutdown_on_destruction=False, **patience,
+    )  # fmt: skip
+    state.client.connect()
+
+
+def _supervise(place: Place, seconds: int) -> None:
+    """Return in a child of this process, which ends when that does."""
+    read, write = os.pipe()
+    parent, child = os.getpid(), os.fork()
+    if not child:
+        os.setpgid(0, 0)  # a terminal's Ctrl-C comes once, through the parent
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        os.dup2(write, 2)
+        os.close(write)
+        os.close(read)
+        return
+    os.close(write)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: _signal(child, number))
+    said, status = _listen(read, child)
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        raise SystemExit(code)
+    raise UserError(f"process {place.process}: {_reason(said, code, place, seconds)}")
+
+
+def _signal(child: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, number)
+
+
+def _listen(pipe: int, child: int) -> tuple[str, int]:
+    """Pass on what comes through `pipe` until `child` ends; the end of it, and the status."""
+    said, ended, status = b"", 0, 0
+    while True:
+        while select.select([pipe], [], [], 0 if ended else 0.2)[0]:
+            if not (chunk := os.read(pipe, 1 << 16)):
+                break
+            with contextlib.suppress(OSError):  # nobody reads our stderr
+                os.write(2, chunk)
+            said = (said + chunk)[-_TAIL:]
+        if ended:
+            return said.decode(errors="replace"), status
+        ended, status = os.waitpid(child, os.WNOHANG)
+
+
+def _reason(said: str, code: int, place: Place, seconds: int) -> str:
+    """What the runtime's last words in `said` mean."""
+    if missing := re.findall(r"timed out task names:\s*((?:\d+\s+)+)", said):
+        names = _listed(missing[-1])
+        return f"{names} of {place.processes} did not join {place.coordinator} in {seconds} s"
+    if "RegisterTask" in said:
+        return f"process 0 did not answer at {place.coordinator} in {seconds} s"
+    if dead := re.findall(r"stopped sending heartbeats\):\s*((?:\d+\s+)+)", said):
+        return f"{_listed(dead[-1])} died; {AGAIN}"
+    if "leader task was preempted" in said:
+        return f"process 0 died or cannot be reached; {AGAIN}"
+    return f"ended by {signal.Signals(-code).name}; {AGAIN}"
+
+
+def _listed(numbers: str) -> str:
+    """'process 1' or 'processes 1, 3' of '1\\n3\\n'."""
+    found = sorted(map(int, numbers.split()))
+    return f"process{'es' if len(found) > 1 else ''} {', '.join(map(str, found))}"
