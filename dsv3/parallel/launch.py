@@ -69,14 +69,15 @@ def _place_in_cluster() -> Place | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a Kubernetes without its Python package
         try:
-            found = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 60)
+            coordinator, processes, process, devices = (
+                ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 60)
+            )
         except Exception as error:
             raise UserError(
                 f"the launcher was not understood: {error}; --coordinator, --processes and "
                 "--process say what it should have, --processes 1 that there is no other process"
             ) from error
-    coordinator, processes, process, devices = found
-    if coordinator is None or process is None or (processes or 1) == 1:
+    if coordinator is None or process is None or processes in (None, 1):
         return None
     return Place(coordinator, processes, process, devices)
 
@@ -99,7 +100,8 @@ def run(place: Place | None, seconds: int, work: Callable[[], None]) -> None:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(error.code if isinstance(error, SystemExit) and error.code else 1)
+        code = error.code if isinstance(error, SystemExit) else 1
+        os._exit(code if isinstance(code, int) else 1)
 
 
 @exits_cleanly
@@ -135,7 +137,7 @@ def _join(place: Place, seconds: int) -> None:
         )
     state.client = _jax.get_distributed_runtime_client(
         place.coordinator, place.process, init_timeout=seconds + 5, use_compression=True,
-        shutdown_on_destruction=False, **patience,
+        **patience,
     )  # fmt: skip
     state.client.connect()
 
