@@ -4,14 +4,17 @@
 so the n-th sequence of a run is found at once for any n. The position, one number, is therefore
 the whole state: batches of any size, changing between calls, resume to the exact sequence.
 
-A batch is defined over all processes, each of which takes every `process_count`-th row of it. What
-a step trains on does not depend on the number of processes, and a run may resume on another.
+A batch is defined over all processes. Each reads the rows that its own devices hold under the
+sharding that the mesh gives a batch, and together they are one global array. What a step trains on
+does not depend on the number of processes or on the mesh, and a run may resume on another.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from dsv3.config import Config
@@ -26,35 +29,59 @@ class Batch(NamedTuple):
     which pre-training has none.
     """
 
-    tokens: np.ndarray  # int32 [B, T+1]
-    segments: np.ndarray  # int32 [B, T+1]
+    tokens: np.ndarray | jax.Array  # int32 [B, T+1]
+    segments: np.ndarray | jax.Array  # int32 [B, T+1]
 
 
 class Loader:
-    """The batches of process `process_index` of `process_count`, in the order of `data.seed`."""
+    """Batches in the order of `data.seed`: on the host, or lying as `sharding` of [B, T+1] says."""
 
     def __init__(
-        self, prepared: Prepared, config: Config, process_index: int = 0, process_count: int = 1
+        self, prepared: Prepared, config: Config, sharding: jax.sharding.Sharding | None = None
     ):
         source = grain.MapDataset.source(prepared.train_shards)
         self._windows = source.seed(config.data.seed).shuffle().repeat()
-        self._process_index = process_index
-        self._process_count = process_count
+        self._length = config.training.sequence_length + 1
+        self._sharding = sharding
         order = f"{prepared.digest} {config.data.seed}"
         self._dataset = hashlib.sha256(order.encode()).hexdigest()
         self._position = 0  # sequences taken by all processes together
 
     def next_batch(self, sequences: int) -> Batch:
-        """This process' share of the next `sequences` sequences: [sequences / processes, T+1]."""
-        if sequences <= 0 or sequences % self._process_count:
+        """The next `sequences` sequences: [sequences, T+1].
+
+        Of a sharded batch this process reads what its devices hold. Raises DataError where it
+        cannot be cut as the sharding says.
+        """
+        first, sharding = self._position, self._sharding
+        if sequences <= 0:
+            raise DataError(f"a batch of {sequences} sequences")
+        if sharding is None:
+            self._position += sequences
+            return self._read(range(first, first + sequences))
+        shape = (sequences, self._length)
+        try:
+            sharding.shard_shape(shape)
+        except ValueError as error:
+            devices = len(sharding.device_set)
             raise DataError(
-                f"a batch of {sequences} sequences cannot be shared by {self._process_count} "
-                "processes"
+                f"a batch of {sequences} sequences cannot be cut evenly over {devices} devices"
+            ) from error
+        rows = {
+            device: range(sequences)[index[0]]
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        }
+        held = {r: self._read([first + row for row in r]) for r in dict.fromkeys(rows.values())}
+        self._position += sequences
+        return Batch(*(
+            jax.make_array_from_single_device_arrays(
+                shape, sharding, [jax.device_put(held[r][part], d) for d, r in rows.items()]
             )
-        end = self._position + sequences
-        rows = range(self._position + self._process_index, end, self._process_count)
-        tokens, segments = zip(*(self._windows[row] for row in rows), strict=True)
-        self._position = end
+            for part in range(len(Batch._fields))
+        ))  # fmt: skip
+
+    def _read(self, numbers: Sequence[int]) -> Batch:
+        tokens, segments = zip(*(self._windows[number] for number in numbers), strict=True)
         return Batch(np.stack(tokens), np.stack(segments))
 
     def state(self) -> dict[str, Any]:

@@ -29,7 +29,8 @@ METRICS, LOADS = "metrics.jsonl", "loads.jsonl"
 
 
 class Recorder:
-    """Records the metrics of a run that starts, or goes on, after `step`.
+    """Records the metrics of a run that starts, or goes on, after `step`; reads them only, where
+    `workdir` is None, as another process writes them.
 
     `sequences` of `sequence_length` tokens were consumed and `skipped` steps refused by then. Lines
     of an earlier attempt that lie beyond are dropped, and so is a torn last line.
@@ -37,7 +38,7 @@ class Recorder:
 
     def __init__(
         self,
-        workdir: str | Path,
+        workdir: str | Path | None,
         reporting: Reporting,
         sequence_length: int,
         *,
@@ -45,15 +46,17 @@ class Recorder:
         sequences: int = 0,
         skipped: int = 0,
     ):
-        self._metrics, self._loads = Path(workdir) / METRICS, Path(workdir) / LOADS
         self._every = reporting.every
         self._length = sequence_length
         self._pending: Mapping[str, Any] | None = None
         self._rate_from = (sequences * sequence_length, time.perf_counter())
+        self._writes, self._events = workdir is not None, None
+        if workdir is None:
+            return
+        self._metrics, self._loads = Path(workdir) / METRICS, Path(workdir) / LOADS
         cut_back(self._metrics, {"step": step, "skipped": skipped})
         cut_back(self._loads, {"step": step})
         self._metrics.touch()
-        self._events = None
         if reporting.tensorboard:
             from dsv3.reporting.tensorboard import EventFile  # costs most of a second to import
 
@@ -91,7 +94,8 @@ class Recorder:
         finite = all(map(is_finite, row.values()))
         if row["step"] == 1 or row["step"] % self._every == 0 or not finite:
             self._rate_from = (row.get("tokens", 0), now)
-            self._log(row, load if finite else None)
+            if self._writes:
+                self._log(row, load if finite else None)
         return row
 
     def _log(self, row: dict[str, Any], load: np.ndarray | None) -> None:

@@ -3,6 +3,7 @@
 Nothing here changes numbers. The metrics of a step are looked at once the next one is on its way,
 so the device never waits for the host; only before a checkpoint and at the end is everything
 settled. What the loop needs from other rooms it is handed: a loader, a recorder, and what saves.
+Several processes run it in step: what it decides follows from what is the same in all of them.
 
 Three counts differ when the guard refuses steps: `state.step` counts optimizer steps and ends the
 run, the loader counts what was read, and a refused batch is read but not trained on.
@@ -18,6 +19,7 @@ import jax
 
 from dsv3.config import Config
 from dsv3.errors import TrainingError
+from dsv3.parallel.processes import Agreement
 from dsv3.training.schedules import batch_size
 from dsv3.training.state import TrainState
 from dsv3.training.step import Metrics
@@ -40,10 +42,20 @@ class Loader(Protocol):
 
 
 class StopRequest:
-    """Set by the first SIGTERM or SIGINT; a second one acts as it would have without us."""
+    """Made by the first SIGTERM or SIGINT; a second one acts as it would have without us.
+
+    `heard` is the signal that this process got. Called between steps, by all processes, it gives
+    the one that any of them got, `name` from then on.
+    """
 
     def __init__(self):
+        self.heard: str | None = None
         self.name: str | None = None
+        self._agree = Agreement()
+
+    def __call__(self) -> str | None:
+        self.name = self._agree(self.heard)
+        return self.name
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -52,7 +64,7 @@ class StopRequest:
         before = {number: signal.getsignal(number) for number in caught}
 
         def handle(number, frame):
-            self.name = signal.Signals(number).name
+            self.heard = signal.Signals(number).name
             for one in caught:
                 signal.signal(one, before[one])
 
@@ -88,7 +100,7 @@ class Run:
         every = self.config.checkpoint.every
         step, sequences = _position(state)
         saved = step
-        while not (self.stop.name or self.ended(step, sequences, last_step)):
+        while not (self.ended(step, sequences, last_step) or self.stop()):
             batch = self.loader.next_batch(batch_size(self.config.training, self.sequences_read))
             self.sequences_read += len(batch.tokens)
             state, metrics = self.step(state, batch.tokens)

@@ -3,10 +3,9 @@
 import json
 from itertools import islice, repeat
 
+import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dsv3.config import Config, Data, Training
 from dsv3.data.loader import Loader
@@ -27,9 +26,9 @@ def prepared(tmp_path_factory) -> Prepared:
     return Prepared(None, windows, (), digest)
 
 
-def loader(prepared: Prepared, index: int = 0, count: int = 1, seed: int = 0) -> Loader:
+def loader(prepared: Prepared, seed: int = 0, sharding=None) -> Loader:
     config = Config(data=Data(seed=seed), training=Training(sequence_length=WINDOW - 1))
-    return Loader(prepared, config, index, count)
+    return Loader(prepared, config, sharding)
 
 
 def order(loader: Loader, sizes) -> list[int]:
@@ -72,30 +71,22 @@ def test_resume_is_exact_at_every_position(prepared):
         running.next_batch(1)
 
 
-@given(sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4), count=st.integers(1, 4))
-def test_processes_partition_each_batch(prepared, sizes, count):
-    sizes = [size * count for size in sizes]
-    shares = [loader(prepared, index, count) for index in range(count)]
-    whole = loader(prepared)
-    for size in sizes:
-        parts = [share.next_batch(size).tokens for share in shares]
-        assert {part.shape for part in parts} == {(size // count, WINDOW)}
-        together = np.stack(parts, axis=1).reshape(size, WINDOW)
-        np.testing.assert_array_equal(together, whole.next_batch(size).tokens)
+@pytest.mark.parametrize("spec", [jax.P(), jax.P("a")])
+def test_a_sharded_batch_is_the_same_batch(prepared, spec):
+    mesh = jax.make_mesh((1,), ("a",))
+    sharding = jax.NamedSharding(mesh, spec)
+    sharded, whole = loader(prepared, sharding=sharding), loader(prepared)
+    for size in (5, 3):
+        found, wanted = sharded.next_batch(size), whole.next_batch(size)
+        assert found.tokens.sharding == found.segments.sharding == sharding
+        np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        np.testing.assert_array_equal(found.segments, wanted.segments)
+    assert sharded.state() == whole.state()
 
 
-def test_a_run_may_resume_on_another_number_of_processes(prepared):
-    two = [loader(prepared, index, 2) for index in range(2)]
-    for share in two:
-        share.next_batch(6)
-    alone = loader(prepared)
-    alone.restore(two[0].state())
-    assert order(alone, [9]) == order(loader(prepared), [15])[6:]
-
-
-def test_batch_that_cannot_be_shared(prepared):
-    with pytest.raises(DataError, match="5 sequences cannot be shared by 2 processes"):
-        loader(prepared, 0, 2).next_batch(5)
+def test_a_batch_of_nothing(prepared):
+    with pytest.raises(DataError, match="a batch of 0 sequences"):
+        loader(prepared).next_batch(0)
 
 
 def test_state_of_other_data_is_refused(prepared):

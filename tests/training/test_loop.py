@@ -40,7 +40,7 @@ class Desk:
 
     def step(self, state, tokens):
         if len(self.batches) == self.stop_at:
-            self.stop.name = "SIGTERM"
+            self.stop.heard = "SIGTERM"
         if len(self.batches) in self.refused:
             row = state.skipped_in_a_row + 1
             state = dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=row)
@@ -120,7 +120,7 @@ def test_signals_are_heard_once_and_handlers_put_back(number):
     with request.listening():
         assert signal.getsignal(number) != before
         os.kill(os.getpid(), number)
-        assert request.name == signal.Signals(number).name
+        assert request.heard == signal.Signals(number).name
         assert signal.getsignal(number) == before  # a second one acts as ever
     assert signal.getsignal(number) == before
 
