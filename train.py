@@ -5,13 +5,15 @@
     python train.py configs/tiny.py --workdir runs/balance --sweep balance [--index 1]
 
 The same command on the same workdir goes on where the run stopped, bit for bit. Ctrl-C or SIGTERM
-saves and ends it; a second one ends it at once.
+saves and ends it; a second one ends it at once. Several processes (SLURM, Open MPI, Kubernetes and
+Cloud TPU are recognised, --coordinator HOST:PORT --processes N --process I otherwise) are one run.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,12 +29,15 @@ from dsv3.config import Config, Fp8Dot
 from dsv3.data.loader import Loader
 from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.progress import progress_bars
-from dsv3.errors import exits_cleanly
+from dsv3.errors import CheckpointError, MisfitError, exits_cleanly
 from dsv3.evaluation.closing import closing_report
 from dsv3.files import exclusive, write_atomically
 from dsv3.host import keep_freed_memory
+from dsv3.model.transformer import Transformer
+from dsv3.parallel import launch
 from dsv3.parallel import mesh as meshes
 from dsv3.parallel.mesh import on_this_platform
+from dsv3.parallel.processes import compiled_together, is_first, together
 from dsv3.reporting.metrics import Recorder
 from dsv3.reporting.plots import compare_runs, plot_run
 from dsv3.reporting.progress import TrainingProgress
@@ -49,8 +54,11 @@ def train(
 ) -> train_state.TrainState:
     """Train in `workdir`, resuming what is there, to optimizer step `steps` or to the end."""
     workdir, stop = Path(workdir), stop or StopRequest()
-    workdir.mkdir(parents=True, exist_ok=True)
-    with exclusive(workdir):
+    with ExitStack() as stack:
+        with together():
+            if is_first():
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive(workdir))
         return _train(config, workdir, steps, stop)
 
 
@@ -61,13 +69,13 @@ def _train(
         "jax_compilation_cache_dir", str(Path(config.data.cache).expanduser() / "xla")
     )
     mesh = meshes.build(config.parallel)
-    step = make_step(on_this_platform(config), mesh)
+    step = compiled_together(make_step(on_this_platform(config), mesh))
     with progress_bars() as progress:
         prepared = prepare(config, progress)
     total = min(steps or sys.maxsize, steps_to_end(config.training))
     with TrainingProgress(total, config.reporting.every) as shown:
         store = Store(workdir / "checkpoints", config.checkpoint.keep, shown.say)
-        loader = Loader(prepared, config)
+        loader = Loader(prepared, config, meshes.batch_sharding(mesh))
         state, sequences_read = start_or_resume(config, mesh, store, loader, shown.say)
         describe_run(config, mesh, prepared, shown.say)
 
@@ -78,14 +86,15 @@ def _train(
             store.save(int(state.step), state, extra)
 
         recorder = Recorder(
-            workdir, config.reporting, config.training.sequence_length, step=int(state.step),
-            sequences=int(state.sequences), skipped=int(state.skipped),
+            workdir if is_first() else None, config.reporting, config.training.sequence_length,
+            step=int(state.step), sequences=int(state.sequences), skipped=int(state.skipped),
         )  # fmt: skip
         run = Run(config, step, loader, recorder, save, shown.update, stop, sequences_read)
-        if run.ended(int(state.step), int(state.sequences), steps):
+        if ended := run.ended(int(state.step), int(state.sequences), steps):
             shown.say(f"nothing left to train: step {int(state.step)}")
-        else:
-            write_inputs(config, prepared, workdir)
+        with together():
+            if is_first() and not ended:
+                write_inputs(config, prepared, workdir)
         with stop.listening():
             state = run.until(state, steps)
         if stop.name:
@@ -99,7 +108,10 @@ def start_or_resume(
     config: Config, mesh: Mesh, store: Store, loader: Loader, say: Callable[[str], None]
 ) -> tuple[train_state.TrainState, int]:
     """The newest sound checkpoint's state, the loader put where it was; else a fresh state."""
-    restored = restore(config, store, mesh)
+    try:
+        restored = restore(config, store, mesh)
+    except MisfitError as error:
+        raise CheckpointError(misfit(config, store, error)) from error
     if restored is None:
         return train_state.create(config, mesh), 0
     before = apply(Config(), parse(restored.extra["config"]))
@@ -109,6 +121,19 @@ def start_or_resume(
         loader.restore(restored.extra["loader"])
     say(f"resuming after step {restored.step}")
     return restored.state, restored.extra["sequences_read"]
+
+
+def misfit(config: Config, store: Store, error: MisfitError) -> str:
+    """The fields of the model, or else of all, that the checkpoint was saved with otherwise."""
+    saved = apply(Config(), parse(error.extra["config"]))
+    here, there = difference(config, saved), difference(saved, config)
+    paths = sorted(here.keys() | there.keys())
+    fields = [path for path in paths if path.startswith("model.")] or paths
+    if not fields:
+        return str(error)
+    shown = [f"{p} is {there.get(p, 'absent')!r} in it and {here.get(p, 'absent')!r} here"
+             for p in fields[:4]]  # fmt: skip
+    return f"{store.directory} is of another configuration: {'; '.join(shown)}"
 
 
 def write_inputs(config: Config, prepared: Prepared, workdir: Path) -> None:
@@ -137,15 +162,25 @@ def finish(
     config: Config, mesh: Mesh, workdir: Path, prepared: Prepared,
     state: train_state.TrainState, say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Evaluate, sample and plot."""
+    """Evaluate, sample and plot, in the first process; the others wait for it."""
     graph = train_state.graphdef(config)
     whole = meshes.on_one_device((state.params, state.router_bias), mesh)
     model = train_state.merge(graph, *whole)
+    with together():
+        if is_first():
+            report(config, workdir, prepared, model, int(state.step), say)
+
+
+def report(
+    config: Config, workdir: Path, prepared: Prepared, model: Transformer, step: int,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Figures to `results.json`, lines and plots."""
     figures, lines = closing_report(config, model, prepared)
     for line in lines:
         say(line)
     if figures:
-        figures = {"step": int(state.step), **figures}
+        figures = {"step": step, **figures}
         write_atomically(workdir / "results.json", json.dumps(figures) + "\n")
     if config.reporting.plots:
         say(f"plots: {', '.join(str(path) for path in plot_run(workdir))}")
@@ -158,10 +193,13 @@ def sweep(
     """Train every run of a sweep in `folder/<run id>`, or run `index` alone; the results' table."""
     runs, stop = sweep.runs(base), StopRequest()
     for run in runs if index is None else [select(runs, index)]:
-        print(f"run {run.id}: {describe(run.bindings)}", flush=True)
+        if is_first():
+            print(f"run {run.id}: {describe(run.bindings)}", flush=True)
         train(run.config, Path(folder) / run.id, steps, stop)
         if stop.name:
             break
+    if not is_first():
+        return ""
     rows = collect(folder, runs)
     begun = [run for run, found in rows if found]
     if begun and base.reporting.plots:
@@ -181,6 +219,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="NAME", help="a sweep of the configuration file")
     parser.add_argument("--index", type=int, help="only this run of the sweep, from 0")
     parser.add_argument("--steps", type=int, help="end after this optimizer step")
+    several = parser.add_argument_group("several processes, where no launcher tells")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="1: there is no other")
+    several.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    several.add_argument(
+        "--join-seconds", type=int, default=300, metavar="S", help="how long all are waited for"
+    )
     options = parser.parse_args(arguments)
     if not options.workdir:
         parser.error("--workdir is empty")
@@ -199,11 +244,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for text in options.bindings_set:
         bindings += parse(text)
     config = apply(load_config(options.config), bindings)
-    if options.sweep is None:
-        train(config, options.workdir, options.steps)
-    else:
-        named = load_sweep(options.config, options.sweep)
-        print(sweep(config, named, options.workdir, options.index, options.steps), end="")
+    named = load_sweep(options.config, options.sweep) if options.sweep else None
+
+    def work() -> None:
+        if named is None:
+            train(config, options.workdir, options.steps)
+        else:
+            print(sweep(config, named, options.workdir, options.index, options.steps), end="")
+
+    place = launch.place_of(options.coordinator, options.processes, options.process)
+    launch.run(place, options.join_seconds, work)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, foreign or does not fit the configuration."""
 
 
+class MisfitError(CheckpointError):
+    """A sound checkpoint of other arrays; `extra` is what was saved with them."""
+
+    def __init__(self, message: str, extra: dict):
+        super().__init__(message)
+        self.extra = extra
+
+
 class TrainingError(UserError):
     """A run that had to end: too many non-finite steps in a row."""
 

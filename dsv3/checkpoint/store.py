@@ -44,7 +44,7 @@ from dsv3.checkpoint import arrays
 from dsv3.checkpoint.arrays import Arrays
 from dsv3.checkpoint.manifest import DamageError, Manifest, name_leaves
 from dsv3.checkpoint.pieces import Box, Pieces, content, cut
-from dsv3.errors import CheckpointError
+from dsv3.errors import CheckpointError, MisfitError
 from dsv3.files import fsync_directory, fsync_tree
 from dsv3.parallel.processes import exchange, is_first, together
 
@@ -138,9 +138,9 @@ class Store:
 
         Each leaf goes where the abstract leaf's sharding says, on whatever mesh it was saved, else
         to the default device; a process reads what its devices need. 64-bit leaves stay numpy
-        arrays where jax does not have 64 bits. Raises CheckpointError where a
-        sound step has other names, shapes or dtypes, where only damaged ones are left, and where
-        `step` is missing or damaged.
+        arrays where jax does not have 64 bits. Raises MisfitError where a sound step has other
+        names, shapes or dtypes, CheckpointError where only damaged ones are left, and where `step`
+        is missing or damaged.
         """
         return self.restore_what(lambda names: abstract_state, step)
 
@@ -199,12 +199,13 @@ class Store:
         abstract_state = abstract_of(manifest.arrays.keys())
         wanted = name_leaves(abstract_state)
         manifest.check_files(path, lambda i, _: i % jax.process_count() == jax.process_index())
+        extra = json.loads(manifest.read_file(path, "extra.json"))
         if difference := manifest.difference(wanted):
-            raise CheckpointError(f"{path} does not fit this configuration: {difference}")
+            raise MisfitError(f"{path} does not fit this configuration: {difference}", extra)
         stored = Arrays(path, manifest)
         leaves = [_place(stored, name, like) for name, like in wanted.items()]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-        return Restored(step, state, json.loads(manifest.read_file(path, "extra.json")))
+        return Restored(step, state, extra)
 
     def _write(self, path: Path, step: int, leaves: Mapping[str, Pieces]) -> None:
         """This process's part."""

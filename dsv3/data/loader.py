@@ -68,7 +68,7 @@ class Loader:
                 f"a batch of {sequences} sequences cannot be cut evenly over {devices} devices"
             ) from error
         rows = {
-            device: range(sequences)[index[0]]
+            device: range(sequences)[index[0]]  # pyrefly: ignore[unsupported-operation]
             for device, index in sharding.addressable_devices_indices_map(shape).items()
         }
         held = {r: self._read([first + row for row in r]) for r in dict.fromkeys(rows.values())}

@@ -27,6 +27,7 @@ from dsv3.data.shards import ShardedWindows, SyntheticWindows, Windows
 from dsv3.data.tokenizer import Tokenizer, load, ready_made
 from dsv3.errors import DataError
 from dsv3.files import fsync_directory, fsync_tree
+from dsv3.parallel.processes import exchange, is_first, together
 
 FORMAT = 1  # raise it with any change of code that changes what is made
 
@@ -63,8 +64,21 @@ class Prepared:
 def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     """The data of a run, made now or taken from `data.cache`.
 
+    Of several processes the first makes it, and the others find it, or make it on their own disks.
     Raises DataError on a corpus or tokenizer that cannot be used, a damaged cache or a full disk.
     """
+    prepared = None
+    with together(DataError):
+        if is_first():
+            prepared = _prepared(config, progress or _silent)
+    with together(DataError):
+        prepared = prepared or _prepared(config, _silent)
+    if len(set(exchange(prepared.digest))) > 1:
+        raise DataError(f"data.corpus = {config.data.corpus!r} is not the same on all hosts")
+    return prepared
+
+
+def _prepared(config: Config, progress: Progress) -> Prepared:
     if config.data.corpus == "synthetic":
         return _synthetic(config)
     corpus = Corpus(config.data)
@@ -77,7 +91,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
             cache.mkdir(parents=True, exist_ok=True)
             with _locked(cache / f".{folder.name}.lock"):
                 if not folder.exists():
-                    _make(folder, config, corpus, definition, progress or _silent)
+                    _make(folder, config, corpus, definition, progress)
         return _open(folder, config)
     except OSError as error:
         where = error.filename or cache

@@ -30,7 +30,7 @@ from jax._src.lib import _jax
 
 from dsv3.errors import UserError, exits_cleanly
 
-HEARTBEAT_SECONDS = 30  # without one a process is dead; on the CPU its sockets tell at once
+HEARTBEAT_SECONDS = 60  # without one a process is dead; on the CPU its sockets tell at once
 SHUTDOWN_SECONDS = 60  # between the end of the first process and the last
 LOST = re.compile(r"gloo|nccl|connection|socket|coordination|DEADLINE|UNAVAILABLE|CANCELLED", re.I)
 AGAIN = "the same command resumes from the last checkpoint"

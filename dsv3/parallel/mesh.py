@@ -23,6 +23,7 @@ from dsv3.config import Bf16Dot, Config
 from dsv3.errors import ConfigError
 from dsv3.numerics.dot import placed
 from dsv3.parallel.exchange import Hop
+from dsv3.parallel.processes import compiled_together
 from dsv3.parallel.shard import Place, Shard, path_of
 
 AXES = Sizes._fields
@@ -171,13 +172,12 @@ def describe(config: Config, mesh: Mesh) -> str:
 def on_one_device(tree, mesh: Mesh):
     """The arrays of `tree`, cut over `mesh`, whole on this process's first device."""
     device = jax.local_devices()[0]
-
-    def one(x: jax.Array):
-        if x.is_fully_addressable:
-            return jax.device_put(x, device)
-        return jax.device_put(x, everywhere(mesh)).addressable_data(0)
-
-    return jax.tree.map(one, tree)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, device)
+    # one program: transfers of their own would meet in another order in each process, and wait
+    gather = jax.jit(lambda tree: tree, out_shardings=everywhere(mesh))
+    whole = compiled_together(gather)(tree)
+    return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), device), whole)
 
 
 def on_this_platform(config: Config) -> Config:

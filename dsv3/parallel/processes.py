@@ -10,7 +10,7 @@ otherwise the others would wait for it. A process that dies is noticed by the ru
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,26 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
                 if kind.__name__ == name:
                     raise kind(message)
             raise UserError(f"process {process}: {message or name}")
+
+
+def compiled_together(function: Any) -> Callable:
+    """The jitted `function`, which all processes compile before any runs it.
+
+    One that runs ahead waits in its first collective for the others: half a minute at most on the
+    CPU, where gloo then gives up, and compilers may take longer than that on a busy machine.
+    """
+    if jax.process_count() == 1:
+        return function
+    ready: dict[Any, Callable] = {}
+
+    def run(*args: Any) -> Any:
+        kind = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
+        if kind not in ready:
+            with together():
+                ready[kind] = function.lower(*args).compile()
+        return ready[kind](*args)
+
+    return run
 
 
 class Agreement:

@@ -10,17 +10,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from dsv3.parallel.processes import is_first
+
 
 class TrainingProgress:
     """Shows the rows that a `Recorder` returns, on the way to step `total`.
 
     On a terminal a bar that follows every step; otherwise a line for step 1, every `every`-th
-    step and the last. To be used as a context manager.
+    step and the last. Of several processes the first shows them. To be used as a context manager.
     """
 
     def __init__(self, total: int, every: int, console: Console | None = None):
         self._total, self._every = total, every
-        self._console = console or Console(highlight=False)
+        self._console = console or Console(highlight=False, quiet=not is_first())
         self._start: tuple[int, float] | None = None
         self._bar = None
         if self._console.is_interactive:
