@@ -2,10 +2,6 @@
 
 import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +10,15 @@ import pytest
 from dsv3.checkpoint.store import Store
 from tests.checkpoint.states import assert_same_bits
 from tests.checkpoint.worker import whole
-
-ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+from tests.processes import PATIENCE, free_port, outputs, running
 
 
-def start(processes, devices, directory, *scenarios):
-    program, port = [sys.executable, "-m", "tests.checkpoint.worker"], free_port()
-    return [
-        subprocess.Popen(
-            [*program, port, *map(str, (processes, process, devices, directory)), *scenarios],
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(processes)
-    ]
+def workers(processes, devices, directory, *scenarios):
+    program = ["-m", "tests.checkpoint.worker", free_port(), processes]
+    return running(
+        *([*program, process, directory, *scenarios] for process in range(processes)),
+        devices=devices,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +29,10 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def said(directory):
     """What two processes of two devices printed, line by line."""
-    workers = start(2, 2, directory, "save_and_restore", "fail_in_one")
-    outputs = [worker.communicate(timeout=60) for worker in workers]
-    assert [out.splitlines()[-1:] for out, _ in outputs] == [["done"], ["done"]], outputs
-    return [out.splitlines() for out, _ in outputs]
+    with workers(2, 2, directory, "save_and_restore", "fail_in_one") as begun:
+        found = outputs(begun)
+    assert [lines[-1:] for lines in found] == [["done"], ["done"]], found
+    return found
 
 
 def test_two_processes_save_what_any_mesh_restores(said, directory):
@@ -60,9 +42,8 @@ def test_two_processes_save_what_any_mesh_restores(said, directory):
         assert "chunks read 1 2 1" in lines
     restored = Store(directory, 5, pytest.fail).restore(whole(0), 1)
     assert_same_bits(restored.state, jax.tree.map(jnp.asarray, whole(1)))
-    (worker,) = start(1, 8, directory, "restore_elsewhere")
-    out, error = worker.communicate(timeout=100)
-    assert out.splitlines()[-1:] == ["done"], error
+    with workers(1, 8, directory, "restore_elsewhere") as begun:
+        assert outputs(begun)[0][-1:] == ["done"]
 
 
 def test_the_error_of_one_is_that_of_all(said, directory):
@@ -77,12 +58,9 @@ def test_the_error_of_one_is_that_of_all(said, directory):
 
 
 def test_a_process_killed_while_saving_leaves_no_step(said, directory):
-    first, second = start(2, 2, directory, "die_in_one")
-    assert second.wait(timeout=100) == -signal.SIGKILL
-    assert any(name.startswith("tmp-step-5") for name in os.listdir(directory))
-    first.kill()
-    for worker in (first, second):
-        worker.communicate()
+    with workers(2, 2, directory, "die_in_one") as (_, second):
+        assert second.wait(timeout=PATIENCE) == -signal.SIGKILL
+        assert any(name.startswith("tmp-step-5") for name in os.listdir(directory))
     store = Store(directory, 5, pytest.fail)
     assert store.steps() == [1] and not list(directory.glob("tmp-*"))
     assert_same_bits(store.restore(whole(0)).state, jax.tree.map(jnp.asarray, whole(1)))

@@ -1,6 +1,6 @@
 """One of several processes that save and restore together; `test_processes.py` starts them.
 
-    worker.py PORT PROCESSES PROCESS DEVICES DIRECTORY SCENARIO
+    worker.py PORT PROCESSES PROCESS DIRECTORY SCENARIO...
 
 Prints a line for each thing that held, as seen by this process, and `done` at the end.
 """
@@ -118,8 +118,7 @@ def die_in_one(directory):
     store.save(5, on_devices(5, ONE), {})
 
 
-def main(port, processes, process, devices, directory, *scenarios):
-    jax.config.update("jax_num_cpu_devices", int(devices))
+def main(port, processes, process, directory, *scenarios):
     if int(processes) > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))

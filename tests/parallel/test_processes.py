@@ -1,0 +1,120 @@
+"""Real processes over gloo on the CPU: they agree, share the data, and miss each other by name."""
+
+import signal
+
+import pytest
+
+from dsv3.checkpoint.store import Store
+from dsv3.errors import UserError
+from dsv3.parallel import launch
+from dsv3.parallel.launch import Place, place_of
+from dsv3.reporting.metrics import read_metrics
+from tests.parallel.worker import train
+from tests.processes import free_port, outputs, running
+
+
+def workers(count, workdir, *scenarios, missing=(), seconds=120, devices=1):
+    base = ["-m", "tests.parallel.worker", free_port(), count]
+    present = [process for process in range(count) if process not in missing]
+    commands = [[*base, process, seconds, workdir, *scenarios] for process in present]
+    return running(*commands, devices=devices)
+
+
+def losses(workdir):
+    return {row["step"]: row["loss"] for row in read_metrics(workdir)}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of 20 steps of one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    train(workdir, 20)
+    return losses(workdir)
+
+
+def test_four_processes_agree_share_and_stop_as_one(tmp_path, alone):
+    with workers(4, tmp_path, "talk", "share", "stop") as begun:
+        said = outputs(begun)
+    assert [process.returncode for process in begun] == [0] * 4, said
+    for me, lines in enumerate(said):
+        assert "said ['0!', '1!', '2!', '3!']" in lines
+        assert "met DataError no corpus" in lines
+        assert ("met ValueError a bug" if me == 2 else "met UserError process 2: a bug") in lines
+        rows = [2 * me, 2 * me + 1, 8 + me]
+        assert f"read {rows} True" in lines
+    (agreed,) = {line for lines in said for line in lines if line.startswith("agreed at")}
+    assert int(agreed.split()[-1]) >= 5
+    (ended,) = {line for lines in said for line in lines if line.startswith("ended")}
+    step = int(ended.split()[2])
+    assert ended.endswith("SIGTERM") and 6 <= step <= 8
+    assert Store(tmp_path / "checkpoints", 3, pytest.fail).steps() == sorted({4, step})
+    train(tmp_path, 20)  # goes on in one process, with the same data and losses
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_killed_process_ends_the_other_and_the_run_resumes(tmp_path, alone):
+    with workers(2, tmp_path, "die", devices=2) as begun:
+        first, second = outputs(begun)
+    assert [process.returncode for process in begun] == [2, 2], (first, second)
+    assert second[-1] == "error: process 1: ended by SIGKILL; " + launch.AGAIN
+    assert first[-1].startswith("error: process 0") and first[-1].endswith(launch.AGAIN)
+    assert Store(tmp_path / "checkpoints", 3, pytest.fail).steps() == [4, 8, 12]
+    train(tmp_path, 20)
+    assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_process_that_never_joins_is_named(tmp_path):
+    with workers(3, tmp_path, "talk", missing=[1], seconds=25) as begun:
+        said = outputs(begun)
+    assert [process.returncode for process in begun] == [2, 2], said
+    for process, lines in zip((0, 2), said, strict=True):
+        assert lines[-1].startswith(f"error: process {process}: process 1 of 3 did not join")
+
+
+@pytest.mark.parametrize(
+    ("said", "meaning"),
+    [
+        ("... stopped sending heartbeats):\n1\n3\nThe tasks", "processes 1, 3 died; the same"),
+        ("Either the leader task was preempted/died", "process 0 died or cannot be reached"),
+        ("RPC: /xla.coordination.CoordinationService/RegisterTask", "process 0 did not answer"),
+        ("", "ended by SIGSEGV; the same command resumes"),
+    ],
+)
+def test_the_runtimes_last_words_are_understood(said, meaning):
+    place = Place("host:1", 4, 2)
+    assert launch._reason(said, -signal.SIGSEGV, place, 9).startswith(meaning)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("host:1", 2, None), "go together"),
+        ((None, 2, 0), "go together"),
+        (("host", 2, 0), "--coordinator host is not HOST:PORT"),
+        (("host:1", 2, 2), "--process 2 must lie between 0 and 1"),
+        (("host:1", 0, 0), "--process"),
+    ],
+)
+def test_options_that_do_not_fit(options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        place_of(*options)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2",
+}  # fmt: skip
+
+
+def test_a_launcher_is_recognised(monkeypatch):
+    assert place_of(None, None, None) is None
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert place_of(None, None, None) == Place("node3:61517", 2, 1, [0])
+    assert place_of("host:1", 3, 2) == Place("host:1", 3, 2)  # options go before
+    assert place_of(None, 1, None) is None
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert place_of(None, None, None) is None
+    monkeypatch.setenv("SLURM_NTASKS", "many")
+    with pytest.raises(UserError, match=r"the launcher was not understood: .*many"):
+        place_of(None, None, None)
