@@ -84,7 +84,7 @@ def swap(step: Path, rng: random.Random) -> None:
     path, older = some_file(step, rng), step.with_name("step-1")
     twin = older / path.relative_to(step)
     if not twin.exists():  # orbax names data files at random
-        twin = some_file(older / "arrays" / "d", rng)
+        twin = some_file(older / path.parent.relative_to(step), rng)
     if twin.read_bytes() == path.read_bytes():
         return swap(step, rng)
     shutil.copy(twin, path)

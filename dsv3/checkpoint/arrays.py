@@ -27,7 +27,7 @@ from dsv3.checkpoint.manifest import ArrayPrint, DamageError, Manifest
 from dsv3.checkpoint.pieces import Box, Pieces, fingerprint
 from dsv3.errors import CheckpointError
 
-BATCH = 1 << 26  # bytes written at once
+BATCH = 1 << 25  # bytes written at once
 _HANDLERS = ocp.type_handlers
 
 

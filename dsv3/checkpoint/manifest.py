@@ -129,6 +129,8 @@ class Manifest:
         files: dict[str, FilePrint] = {}
         arrays: dict[str, ArrayPrint] = {}
         for process in range(processes):
+            if not (directory / _part(process)).exists():
+                raise DamageError(f"process {process} wrote nothing here: all need the same disk")
             part = cls.read(directory, step, process)
             (directory / _part(process)).unlink()
             files |= part.files

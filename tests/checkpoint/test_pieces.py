@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.checkpoint import arrays, pieces
+from dsv3.checkpoint.manifest import DamageError, Manifest
 from dsv3.checkpoint.pieces import GOLDEN, MIX, Grid, cut, fingerprint
 from dsv3.checkpoint.store import Store
 from dsv3.errors import CheckpointError
@@ -182,6 +183,12 @@ def test_a_reader_finds_damage_when_it_gets_there(tmp_path):
             reader.read("w", (row,))
     assert len(warned) == 1 and store.open().step == 1
     assert store.open().read("w", (3,)).max() == 1
+
+
+def test_processes_without_a_common_disk_are_told(tmp_path):
+    Manifest.of(tmp_path, 1, {}).write(tmp_path, part=0)
+    with pytest.raises(DamageError, match="process 1 wrote nothing here: all need the same disk"):
+        Manifest.join(tmp_path, 1, processes=2)
 
 
 def test_cut_wants_arrays():

@@ -118,6 +118,12 @@ def die_in_one(directory):
     store.save(5, on_devices(5, ONE), {})
 
 
+def restore_elsewhere(directory):
+    """On all devices of this process."""
+    restored = Store(directory, 5, print).restore(abstract(OTHER), 1)
+    assert_restored(restored.state, 1, OTHER)
+
+
 def main(port, processes, process, directory, *scenarios):
     if int(processes) > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -126,11 +132,6 @@ def main(port, processes, process, directory, *scenarios):
         print(">", scenario)
         globals()[scenario](directory)
     print("done", flush=True)
-
-
-def restore_elsewhere(directory):
-    restored = Store(directory, 5, print).restore(abstract(OTHER), 1)
-    assert_restored(restored.state, 1, OTHER)
 
 
 if __name__ == "__main__":
