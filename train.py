@@ -29,7 +29,7 @@ from dsv3.config import Config, Fp8Dot
 from dsv3.data.loader import Loader
 from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.progress import progress_bars
-from dsv3.errors import CheckpointError, MisfitError, exits_cleanly
+from dsv3.errors import CheckpointError, MisfitError, UserError, exits_cleanly
 from dsv3.evaluation.closing import closing_report
 from dsv3.files import exclusive, write_atomically
 from dsv3.host import keep_freed_memory
@@ -125,7 +125,10 @@ def start_or_resume(
 
 def misfit(config: Config, store: Store, error: MisfitError) -> str:
     """The fields of the model, or else of all, that the checkpoint was saved with otherwise."""
-    saved = apply(Config(), parse(error.extra["config"]))
+    try:
+        saved = apply(Config(), parse(error.extra["config"]))
+    except UserError:  # fields that this version does not know
+        return str(error)
     here, there = difference(config, saved), difference(saved, config)
     paths = sorted(here.keys() | there.keys())
     fields = [path for path in paths if path.startswith("model.")] or paths

@@ -30,7 +30,7 @@ from jax._src.lib import _jax
 
 from dsv3.errors import UserError, exits_cleanly
 
-HEARTBEAT_SECONDS = 60  # without one a process is dead; on the CPU its sockets tell at once
+HEARTBEAT_SECONDS = 60  # without one a process is dead; the end of process 0 is seen at once
 SHUTDOWN_SECONDS = 60  # between the end of the first process and the last
 LOST = re.compile(r"gloo|nccl|connection|socket|coordination|DEADLINE|UNAVAILABLE|CANCELLED", re.I)
 AGAIN = "the same command resumes from the last checkpoint"
@@ -144,11 +144,13 @@ def _join(place: Place, seconds: int) -> None:
 
 def _supervise(place: Place, seconds: int) -> None:
     """Return in a child of this process, which ends when that does."""
+    sys.stdout.flush()
     read, write = os.pipe()
     parent, child = os.getpid(), os.fork()
     if not child:
         os.setpgid(0, 0)  # a terminal's Ctrl-C comes once, through the parent
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(AttributeError):  # not Linux
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
         os.dup2(write, 2)

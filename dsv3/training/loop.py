@@ -100,7 +100,7 @@ class Run:
         every = self.config.checkpoint.every
         step, sequences = _position(state)
         saved = step
-        while not (self.ended(step, sequences, last_step) or self.stop()):
+        while not (self.stop() or self.ended(step, sequences, last_step)):
             batch = self.loader.next_batch(batch_size(self.config.training, self.sequences_read))
             self.sequences_read += len(batch.tokens)
             state, metrics = self.step(state, batch.tokens)
