@@ -19,8 +19,9 @@ from dsv3.numerics.rule import (
     LinearMap,
     PlainWire,
     blocks,
-    each_block,
     ends_of,
+    expert_gradients,
+    times_experts,
 )
 
 
@@ -79,13 +80,19 @@ class PlainDot(LinearMap):
         return _grouped(x_PI, tuple(ws), expert_Z)
 
 
-def _product(a: Array, b: Array, dims: Any) -> Array:
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+def _product(dims: Any) -> Callable[[Array, Array], Array]:
+    return functools.partial(
+        lax.dot_general, dimension_numbers=dims, preferred_element_type=jnp.float32
+    )
+
+
+FPROP = _product(LINEAR)
+DGRAD = _product((((1,), (1,)), ((), ())))
 
 
 @jax.custom_vjp
 def _linear(x_XI, w_IO):
-    return _product(x_XI, w_IO.astype(x_XI.dtype), LINEAR).astype(x_XI.dtype)
+    return FPROP(x_XI, w_IO.astype(x_XI.dtype)).astype(x_XI.dtype)
 
 
 def _linear_forward(x_XI, w_IO):
@@ -94,30 +101,17 @@ def _linear_forward(x_XI, w_IO):
 
 def _linear_backward(residuals, dy_XO):
     x_XI, w_IO = residuals
-    dx_XI = _product(dy_XO, w_IO.astype(dy_XO.dtype), (((1,), (1,)), ((), ())))  # Dgrad
-    dw_IO = contract_rows(x_XI, dy_XO)  # Wgrad
-    return dx_XI.astype(x_XI.dtype), dw_IO.astype(w_IO.dtype)
+    dx_XI = DGRAD(dy_XO, w_IO.astype(dy_XO.dtype))
+    return dx_XI.astype(x_XI.dtype), contract_rows(x_XI, dy_XO).astype(w_IO.dtype)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _block_products(x_PI: Array, w_EIO: Array, expert_Z: Array, dims: Any, outputs: int) -> Array:
-    w_EIO = w_EIO.astype(x_PI.dtype)
-    x_ZbI = blocks(x_PI, expert_Z)
-
-    def one(y_ZbO, z, expert):
-        y_bO = _product(x_ZbI[z], w_EIO[expert], dims).astype(x_PI.dtype)
-        return lax.dynamic_update_index_in_dim(y_ZbO, y_bO, z, 0)
-
-    empty_ZbO = jnp.zeros((*x_ZbI.shape[:2], outputs), x_PI.dtype)
-    return each_block(w_EIO.shape[0], expert_Z, one, empty_ZbO).reshape(x_PI.shape[0], outputs)
-
-
 @jax.custom_vjp
 def _grouped(x_PI, ws, expert_Z):
-    w_EIO = jnp.concatenate(ws, axis=-1)
-    return _block_products(x_PI, w_EIO, expert_Z, LINEAR, w_EIO.shape[2])
+    w_EIO = jnp.concatenate(ws, axis=-1).astype(x_PI.dtype)
+    return _times_experts(x_PI, w_EIO, expert_Z, w_EIO.shape[2], FPROP)
 
 
 def _grouped_forward(x_PI, ws, expert_Z):
@@ -127,17 +121,17 @@ def _grouped_forward(x_PI, ws, expert_Z):
 def _grouped_backward(residuals, dy_PO):
     x_PI, ws, expert_Z = residuals
     w_EIO = jnp.concatenate(ws, axis=-1)
-    transposed = (((1,), (1,)), ((), ()))
-    dx_PI = _block_products(dy_PO, w_EIO, expert_Z, transposed, w_EIO.shape[1])
+    dx_PI = _times_experts(dy_PO, w_EIO.astype(dy_PO.dtype), expert_Z, w_EIO.shape[1], DGRAD)
     x_ZbI, dy_ZbO = blocks(x_PI, expert_Z), blocks(dy_PO, expert_Z)
-
-    def accumulate(dw_EIO, z, expert):
-        return dw_EIO.at[expert].add(contract_rows(x_ZbI[z], dy_ZbO[z]))
-
-    start_EIO = jnp.zeros(w_EIO.shape, jnp.float32)
-    dw_EIO = each_block(w_EIO.shape[0], expert_Z, accumulate, start_EIO)
+    dw_EIO = expert_gradients(contract_rows, x_ZbI, dy_ZbO, expert_Z, w_EIO.shape)
     dws = jnp.split(dw_EIO, ends_of(ws), axis=-1)
     return dx_PI, tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True)), None
+
+
+def _times_experts(x_PI, w_EIO, expert_Z, outputs, multiply):
+    x_ZbI = blocks(x_PI, expert_Z)
+    start_ZbN = jnp.zeros((*x_ZbI.shape[:2], outputs), x_PI.dtype)
+    return times_experts(multiply, x_ZbI, w_EIO, expert_Z, start_ZbN)
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)

@@ -28,7 +28,15 @@ from dsv3.config import Fp8Dot, HopperAccumulator
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize, quantize
 from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted
-from dsv3.numerics.rule import Formats, LinearMap, PlainWire, blocks, each_block, ends_of
+from dsv3.numerics.rule import (
+    Formats,
+    LinearMap,
+    PlainWire,
+    blocks,
+    ends_of,
+    expert_gradients,
+    times_experts,
+)
 
 CACHED = "fp8"  # the name of cached activations for rematerialisation policies
 
@@ -217,26 +225,17 @@ def _grouped_forward(rule, x_PI, ws, expert_Z):
 def _grouped_backward(rule, residuals, dy_PO):
     """Each weight's gradients are grouped on their own, so that no group spans two weights."""
     cached, ws, expert_Z = residuals
-    over_tokens = jax.vmap(lambda q: backend_of(rule.config).prepare(q, 0))
+    backend = backend_of(rule.config)
+    over_tokens = jax.vmap(lambda q: backend.prepare(q, 0))
     x_Z = over_tokens(rule.in_blocks(rule.column, rule.read(cached), expert_Z))
     dx_PI, dws = jnp.zeros((dy_PO.shape[0], ws[0].shape[1]), jnp.float32), []
     for w_EIO, dy in zip(ws, jnp.split(dy_PO, ends_of(ws), axis=-1), strict=True):
         q_dy = rule.in_blocks(rule.gradient, dy, expert_Z)
         dx_PI += _times_experts(rule, q_dy, w_EIO, 1, expert_Z, jnp.float32)
         dy_Z = over_tokens(rule.in_blocks(rule.gradient_column, dy, expert_Z))
-        dws.append(_expert_gradients(rule, x_Z, dy_Z, w_EIO, expert_Z))
+        dw_EIO = expert_gradients(backend.multiply, x_Z, dy_Z, expert_Z, w_EIO.shape)
+        dws.append(dw_EIO.astype(w_EIO.dtype))
     return dx_PI.astype(dy_PO.dtype), tuple(dws), None
-
-
-def _expert_gradients(rule: Fp8Rule, x_Z, dy_Z, w_EIO: Array, expert_Z: Array) -> Array:
-    """dw_EIO from prepared blocks: the sum of each expert's."""
-
-    def accumulate(dw_EIO, z, expert):
-        x, dy = jax.tree.map(lambda leaf: leaf[z], (x_Z, dy_Z))
-        return dw_EIO.at[expert].add(backend_of(rule.config).multiply(x, dy))
-
-    start_EIO = jnp.zeros(w_EIO.shape, jnp.float32)
-    return each_block(w_EIO.shape[0], expert_Z, accumulate, start_EIO).astype(w_EIO.dtype)
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
@@ -249,15 +248,8 @@ def _times_experts(
     backend = backend_of(rule.config)
     x_Z = jax.vmap(lambda q: backend.prepare(q, 1))(x)
     w_E = jax.vmap(lambda q: backend.prepare(q, axis))(rule.weight(w_EIO))
-
-    def one(y_ZbN, z, expert):
-        x_z = jax.tree.map(lambda leaf: leaf[z], x_Z)
-        w_e = jax.tree.map(lambda leaf: leaf[expert], w_E)
-        return y_ZbN.at[z].set(backend.multiply(x_z, w_e).astype(dtype))
-
-    shape = (*x.values.shape[:2], w_EIO.shape[2 - axis])
-    y_ZbN = each_block(w_EIO.shape[0], expert_Z, one, jnp.zeros(shape, dtype))
-    return y_ZbN.reshape(-1, shape[-1])
+    start_ZbN = jnp.zeros((*x.values.shape[:2], w_EIO.shape[2 - axis]), dtype)
+    return times_experts(backend.multiply, x_Z, w_E, expert_Z, start_ZbN)
 
 
 # --- recomputation from a cache ----------------------------------------------------------------

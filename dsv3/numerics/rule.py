@@ -35,6 +35,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -146,6 +147,35 @@ def each_block(experts: int, expert_Z: Array, body, start: Array) -> Array:
     """Fold `body(carry, z, expert)` over the blocks in use, which come first; E marks the rest."""
     used = jnp.sum(expert_Z < experts)
     return lax.fori_loop(0, used, lambda z, carry: body(carry, z, expert_Z[z]), start)
+
+
+def times_experts(
+    multiply: Callable[[Any, Any], Array], x_Z: Any, w_E: Any, expert_Z: Array, start_ZbN: Array
+) -> Array:
+    """[Z · b, N]: `multiply` of each block's leaf of x_Z with its expert's of w_E; blocks that are
+    not in use stay what they are in `start_ZbN`, whose dtype the result has."""
+
+    def one(y_ZbN, z, expert):
+        y_bN = multiply(_at(x_Z, z), _at(w_E, expert)).astype(y_ZbN.dtype)
+        return lax.dynamic_update_index_in_dim(y_ZbN, y_bN, z, 0)
+
+    y_ZbN = each_block(jax.tree.leaves(w_E)[0].shape[0], expert_Z, one, start_ZbN)
+    return y_ZbN.reshape(-1, y_ZbN.shape[-1])
+
+
+def expert_gradients(
+    multiply: Callable[[Any, Any], Array], x_Z: Any, dy_Z: Any, expert_Z: Array, shape
+) -> Array:
+    """FP32 dw_EIO of `shape`: the sum of `multiply` over each expert's blocks."""
+
+    def accumulate(dw_EIO, z, expert):
+        return dw_EIO.at[expert].add(multiply(_at(x_Z, z), _at(dy_Z, z)))
+
+    return each_block(shape[0], expert_Z, accumulate, jnp.zeros(shape, jnp.float32))
+
+
+def _at(tree: Any, index: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def ends_of(ws: Sequence[Array]) -> list[int]:
