@@ -38,6 +38,7 @@ from dsv3.parallel import launch
 from dsv3.parallel import mesh as meshes
 from dsv3.parallel.mesh import on_this_platform
 from dsv3.parallel.processes import compiled_together, is_first, together
+from dsv3.reporting.fp8 import watching
 from dsv3.reporting.metrics import Recorder
 from dsv3.reporting.plots import compare_runs, plot_run
 from dsv3.reporting.progress import TrainingProgress
@@ -89,6 +90,7 @@ def _train(
             workdir if is_first() else None, config.reporting, config.training.sequence_length,
             step=int(state.step), sequences=int(state.sequences), skipped=int(state.skipped),
         )  # fmt: skip
+        step = watching(on_this_platform(config), mesh, step, int(state.step))
         run = Run(config, step, loader, recorder, save, shown.update, stop, sequences_read)
         if ended := run.ended(int(state.step), int(state.sequences), steps):
             shown.say(f"nothing left to train: step {int(state.step)}")

@@ -53,9 +53,8 @@ class Mla(Section):
     yarn: Yarn | None = None
 
     def validate(self):
-        self.require_positive("heads", "kv_latent", "nope_dim", "rope_dim", "value_dim")
-        self.require(self.query_latent is None or self.query_latent > 0, "query_latent",
-                     "must be positive or None")  # fmt: skip
+        self.require_positive("heads", "query_latent", "kv_latent", "nope_dim", "rope_dim",
+                              "value_dim")  # fmt: skip
         self.require(self.rope_dim % 2 == 0, "rope_dim", "must be even: it is rotated in pairs")
         self.require(self.rope_theta > 1, "rope_theta", "must exceed 1")
 
@@ -251,8 +250,7 @@ class Data(Section):
         self.require_range("newline_split_rate", 0, 1)
         self.require(0 < self.held_out < 1, "held_out", "must lie strictly between 0 and 1")
         self.require(0 <= self.seed < 2**31, "seed", "must fit 31 bits")
-        self.require(self.max_bytes is None or self.max_bytes > 0, "max_bytes",
-                     "must be positive or None")  # fmt: skip
+        self.require_positive("max_bytes")
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -311,7 +309,7 @@ class Training(Section):
 
     def validate(self):
         self.require_positive("tokens", "sequence_length", "batch_increment", "learning_rate",
-                              "clip_norm", "max_bad_steps")  # fmt: skip
+                              "clip_norm", "max_bad_steps", "micro_batch")  # fmt: skip
         self.require_range("sequence_length", 2, 2**24)
         self.require_range("tokens", 1, 1e16)
         self.require_range("learning_rate", 0, 1e30)
@@ -337,7 +335,6 @@ class Training(Section):
         whole = all(phase.value > 0 and phase.value % step == 0 for phase in self.batch)
         self.require(whole, "batch", f"must be multiples of training.batch_increment = {step}")
         if self.micro_batch is not None:
-            self.require_positive("micro_batch")
             self.require(step % self.micro_batch == 0, "micro_batch",
                          f"does not divide training.batch_increment = {step}")  # fmt: skip
 
@@ -359,15 +356,17 @@ class Checkpoint(Section):
 
 @dataclass(frozen=True)
 class Reporting(Section):
-    """What a run writes: a metrics line every `every` steps, TensorBoard, plots at the end."""
+    """What a run writes: a metrics line every `every` steps, TensorBoard, plots at the end, and
+    what FP8 loses in each product every `fp8_every` steps (None: never)."""
 
     path: ClassVar[str] = "reporting"
     every: int = 10
+    fp8_every: int | None = None
     tensorboard: bool = True
     plots: bool = True
 
     def validate(self):
-        self.require_positive("every")
+        self.require_positive("every", "fp8_every")
 
 
 @dataclass(frozen=True)
@@ -398,3 +397,6 @@ class Config(Section):
         if self.model.mtp_depths >= self.training.sequence_length:
             self.model.require(False, "mtp_depths", "must be below training.sequence_length")
         self.parallel.require_fitting(self.model.moe, self.model.remat)
+        watches = self.reporting.fp8_every is not None
+        self.reporting.require(not watches or isinstance(self.model.dot, Fp8Dot), "fp8_every",
+                               "wants model.dot = 'fp8'")  # fmt: skip

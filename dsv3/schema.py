@@ -42,8 +42,10 @@ class Section:
             raise ConfigError(f"{self.at(name)} = {shown!r} {because}")
 
     def require_positive(self, *names: str) -> None:
+        """Of each of them, or None where that is allowed."""
         for name in names:
-            self.require(getattr(self, name) > 0, name, "must be positive")
+            value = getattr(self, name)
+            self.require(value is None or value > 0, name, "must be positive")
 
     def require_not_negative(self, *names: str) -> None:
         for name in names:

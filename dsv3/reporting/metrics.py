@@ -5,11 +5,12 @@ the metrics of step n once that step is dispatched, and only then reads those of
 the device is busy with n. Before a checkpoint, and at the end, `flush` reads what is left; thereby
 a run killed at any moment and resumed has every line once.
 
-    metrics.jsonl   an object a logged step: the scalars
+    metrics.jsonl   an object a logged step: the scalars, and `fp8` (see `reporting.fp8`) if asked
     loads.jsonl     the same for {"step": n, "load": [L, E]}, the tokens that each expert was given
     tensorboard/    the scalars again
 
-Logged are step 1, every `reporting.every`-th step, and any step with a value that is not finite.
+Logged are step 1, every `reporting.every`-th step, any step with a value that is not finite, and
+those at which FP8 was watched.
 The step is the one that the state counts, so a refused step repeats the number of the last taken.
 """
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from dsv3.config import Reporting
 from dsv3.errors import DataError
+from dsv3.reporting.fp8 import described
 from dsv3.reporting.lines import append, cut_back, encoded, is_finite, read_rows
 
 METRICS, LOADS = "metrics.jsonl", "loads.jsonl"
@@ -66,13 +68,14 @@ class Recorder:
         """Take the metrics of a step just dispatched; return those of the step before.
 
         Metrics are scalars or small arrays, on the device or not, `step` among them; `load` [L, E]
-        counts the tokens of each expert. An array counts as scalars `name/index`. Returned are
-        Python numbers under the same names; where there is `sequences`, `tokens` stands instead
-        and `tokens_per_second` since the last logged step (or the start of the run, so that
-        compilation counts in its first). None where nothing waits.
+        counts the tokens of each expert, `fp8` is what `reporting.fp8` measured, and any other
+        array counts as scalars `name/index`. Returned are Python numbers under the same names;
+        where there is `sequences`, `tokens` stands instead and `tokens_per_second` since the last
+        logged step (or the start of the run, so that compilation counts in its first). None where
+        nothing waits.
         """
         late = self.flush()
-        for value in metrics.values():
+        for value in jax.tree.leaves(dict(metrics)):
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
         self._pending = metrics
@@ -83,8 +86,8 @@ class Recorder:
         if self._pending is None:
             return None
         metrics, self._pending = self._pending, None
-        host = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
-        load = host.pop("load", None)
+        host = jax.tree.map(np.asarray, jax.device_get(dict(metrics)))
+        load, fp8 = host.pop("load", None), host.pop("fp8", None)
         row = {"step": host["step"].item(), **_scalars(host)}
         now = time.perf_counter()
         if "sequences" in row:
@@ -92,14 +95,14 @@ class Recorder:
             tokens, then = self._rate_from
             row["tokens_per_second"] = (row["tokens"] - tokens) / (now - then)
         finite = all(map(is_finite, row.values()))
-        if row["step"] == 1 or row["step"] % self._every == 0 or not finite:
+        if row["step"] == 1 or row["step"] % self._every == 0 or not finite or fp8:
             self._rate_from = (row.get("tokens", 0), now)
             if self._writes:
-                self._log(row, load if finite else None)
+                self._log(row, load if finite else None, fp8)
         return row
 
-    def _log(self, row: dict[str, Any], load: np.ndarray | None) -> None:
-        append(self._metrics, encoded(row))
+    def _log(self, row: dict[str, Any], load: np.ndarray | None, fp8: Mapping | None) -> None:
+        append(self._metrics, encoded(row | {"fp8": described(fp8)} if fp8 else row))
         if load is not None:
             append(self._loads, encoded({"step": row["step"], "load": load.tolist()}))
         if self._events:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from dsv3.files import write_atomically
+from dsv3.reporting.fp8_plots import fp8_figures
 from dsv3.reporting.lines import is_finite
 from dsv3.reporting.metrics import read_loads, read_metrics
 
@@ -34,6 +35,7 @@ def plot_run(workdir: str | Path) -> list[Path]:
         figures |= {"loss.png": loss_figure(rows), "optimizer.png": optimizer_figure(rows)}
     if loads_nLE.size:
         figures |= {"max_violation.png": balance_figure(rows), "loads.png": loads_figure(loads_nLE)}
+    figures |= fp8_figures(rows)
     folder = Path(workdir) / "plots"
     folder.mkdir(exist_ok=True)
     return [_write(figure, folder / name) for name, figure in figures.items()]
