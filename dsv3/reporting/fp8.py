@@ -16,9 +16,11 @@ Layers are counted within their kind: `dense`, `moe`, and each MTP depth. Expert
 together. A number that does not exist, since all entries are zero or some not finite, is null.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from dsv3.config import Config
+from dsv3.config import Config, Model
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
 from dsv3.numerics.fp8_dot import Fp8Rule
@@ -65,8 +67,13 @@ def make_watch(config: Config) -> Callable[[TrainState, Array], dict[str, Array]
 
     Raises ConfigError where a weight is too small for a report.
     """
+    return _jitted_watch(replace(Config(), model=config.model, training=config.training))
+
+
+@functools.cache
+def _jitted_watch(config: Config):
     training = config.training
-    graph, paths = _watched_model(config)
+    graph, paths = _watched_model(config.model)
 
     @jax.jit
     def watch(state: TrainState, tokens_BS: Array) -> dict[str, Array]:
@@ -84,9 +91,9 @@ def make_watch(config: Config) -> Callable[[TrainState, Array], dict[str, Array]
     return watch
 
 
-def _watched_model(config: Config) -> tuple[nnx.GraphDef, dict[str, tuple]]:
+def _watched_model(config: Model) -> tuple[nnx.GraphDef, dict[str, tuple]]:
     """The model's structure with every FP8 rule watched; names and paths of what they multiply."""
-    model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config.model))
+    model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
     paths = {}
     for path, module in nnx.iter_modules(model):
         rule = getattr(module, "dot", None)
@@ -94,16 +101,16 @@ def _watched_model(config: Config) -> tuple[nnx.GraphDef, dict[str, tuple]]:
             setattr(module, "dot", Watched(**vars(rule)))  # noqa: B010
             for part, weight in vars(module).items():
                 if isinstance(weight, nnx.Param):
-                    _require_room(config, _name(path, part), weight.shape[-2:])
-                    paths[_name(path, part)] = (*path, part)
+                    name = _name(path, part)
+                    _require_room(name, weight.shape[-2:])
+                    paths[name] = (*path, part)
     return split(model)[0], paths
 
 
-def _require_room(config: Config, name: str, shape: tuple[int, ...]) -> None:
+def _require_room(name: str, shape: tuple[int, ...]) -> None:
     if math.prod(shape) < REPORT:
         raise ConfigError(
-            f"reporting.fp8_every = {config.reporting.fp8_every} wants weights of at least "
-            f"{REPORT} numbers, and {name} is {shape}"
+            f"reporting.fp8_every wants weights of at least {REPORT} numbers, and {name} is {shape}"
         )
 
 
