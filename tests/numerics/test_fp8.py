@@ -70,11 +70,15 @@ FLOATS = st.one_of(
 )
 
 
-@given(hnp.arrays(np.float32, (3, 8), elements=FLOATS), st.booleans())
-def test_adversarial_tiles(corner, powers):
-    x = np.zeros((4, 2 * GROUP), np.float32)
-    x[:3, GROUP - 4 : GROUP + 4] = corner  # across the border of two tiles
-    check(x, TILE, "e4m3", powers)
+@given(
+    hnp.arrays(np.float32, (3, 8), elements=FLOATS),
+    st.booleans(),
+    st.sampled_from([TILE, COLUMN, BLOCK]),
+)
+def test_adversarial_groups(corner, powers, group):
+    x = np.zeros((GROUP + 2, GROUP + 4), np.float32)
+    x[-3:, -8:] = corner  # across the borders of whole and partial groups
+    check(x, group, "e4m3", powers)
 
 
 def test_zeros_stay_zeros_and_denormals_vanish():

@@ -10,6 +10,7 @@ import pytest
 import train as train_module
 from dsv3.bindings import apply
 from dsv3.config import Fp8Dot
+from dsv3.data.prepare import prepare
 from dsv3.errors import ConfigError
 from dsv3.numerics.watch import OPERANDS, TALLIES
 from dsv3.reporting.formats import products
@@ -77,6 +78,12 @@ def test_watched_are_the_operands_of_the_step(watched_run):
     assert (counts[:, OPERANDS.index("weight")] == w[0].size).all()
     two_sequences = 2 * 16 * RUN.model.width
     assert (counts[:, OPERANDS.index("activation")] == two_sequences).all()
+
+
+def test_the_log_of_a_run_names_the_backend():
+    said = []
+    train_module.describe_run(RUN, prepare(RUN), said.append)
+    assert "dot rule 'fp8' (backend 'reference') in float32 on cpu" in said[1]
 
 
 def test_nobody_asked():

@@ -1,0 +1,152 @@
+"""What FP8 and its variants do to gradients on their way back, at trained weights.
+
+    python train.py configs/tiny.py --workdir runs/fp8 --set model.dot=fp8
+    python -m benchmarks.gradient_error --workdir runs/fp8
+
+Takes the weights of a run and the last sequences of its data, and computes the gradients of the
+main loss twice: by a variant, and with the variant's forward pass but a backward pass in FP32, from
+the same cached activations and the same quantised weights. So neither the forward pass nor a token
+that changed its expert is in the difference, only what the variant does to gradients going back.
+
+Two losses: the mean over tokens, and one whose tokens weigh 10^u, u uniform in [-6, 0], because
+App. B.2 suspects that block-wise groups fail where tokens' gradients differ much in size. Printed
+are the relative error of all weights' gradients (Frobenius), and of the gradient at the embeddings
+for each token: the median token and that at the 90th percentile.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from dsv3.checkpoint.trained import Trained, from_workdir
+from dsv3.cli import Parser
+from dsv3.config import Fp8Dot
+from dsv3.data.loader import Loader
+from dsv3.data.prepare import prepare
+from dsv3.errors import exits_cleanly
+from dsv3.model.transformer import Transformer
+from dsv3.numerics.dot import PlainDot
+from dsv3.numerics.fp8 import dequantize
+from dsv3.numerics.fp8_dot import Fp8Rule
+from dsv3.numerics.rule import PlainWire
+from dsv3.training.losses import head_loss
+from dsv3.training.state import merge, split
+
+VARIANTS = {
+    "report": Fp8Dot(),
+    "power-of-two scales": Fp8Dot(scales="power_of_two"),
+    "E5M2 gradients": Fp8Dot(gradient_format="e5m2"),
+    "block-wise gradients": Fp8Dot(gradient_groups="block"),
+    "one scale a tensor": Fp8Dot(groups="tensor"),
+}
+
+
+class ExactBackward(Fp8Rule):
+    """An FP8 rule whose gradients are not rounded: FP32 products of what it has quantised."""
+
+    @property
+    def gradient_wire(self) -> PlainWire:
+        return PlainWire()
+
+    def linear(self, x_XI, ws):
+        return _exact(self, x_XI, ws, None)
+
+    def grouped(self, x_PI, ws, expert_Z):
+        return _exact(self, x_PI, tuple(ws), expert_Z)
+
+
+def _multiply(rule, x, ws, expert_Z):
+    return rule.linear(x, ws) if expert_Z is None else rule.grouped(x, ws, expert_Z)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _exact(rule: ExactBackward, x, ws, expert_Z):
+    return _multiply(Fp8Rule(**vars(rule)), x, ws, expert_Z)
+
+
+def _exact_forward(rule, x, ws, expert_Z):
+    return _exact(rule, x, ws, expert_Z), (rule.keep(x), ws, expert_Z)
+
+
+def _exact_backward(rule, residuals, dy):
+    cached, ws, expert_Z = residuals
+    ws = tuple(dequantize(rule.weight(w)) for w in ws)
+    multiply = functools.partial(_multiply, PlainDot(), expert_Z=expert_Z)
+    return *jax.vjp(multiply, rule.read(cached), ws)[1](dy), None
+
+
+_exact.defvjp(_exact_forward, _exact_backward)
+
+
+def gradients(trained: Trained, rule: type[Fp8Rule], variant: Fp8Dot):
+    """Jitted (x_BTD, tokens [B, T + 1], weight_X) to gradients of the weights and of x."""
+    config = replace(trained.config.model, dot=variant)
+    model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(getattr(module, "dot", None), Fp8Rule):
+            module.dot = rule(**vars(module.dot))  # pyrefly: ignore
+    graph, _, _ = split(model)
+    _, params, router_bias = split(trained.model)
+
+    def loss(params, x_BTD, tokens_BS, weight_X):
+        model = merge(graph, params, router_bias)
+        model.mtp = nnx.List([])
+        setattr(model, "embedding", lambda tokens, dtype: x_BTD)  # noqa: B010
+        h_BTD = model.hidden(tokens_BS[:, :-1]).main_BTD
+        h_XD = h_BTD.reshape(-1, h_BTD.shape[-1])
+        return head_loss(h_XD, model.head.w[...], tokens_BS[:, 1:].reshape(-1), weight_X)
+
+    return functools.partial(jax.jit(jax.grad(loss, argnums=(0, 1))), params)
+
+
+def errors(got, wanted) -> tuple[float, float, float]:
+    """Of all weights together; of the median and the 90th-percentile token."""
+    (params, dx_BTD), (exact, exact_BTD) = got, wanted
+    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(exact), strict=True))
+    squares = sum(float(jnp.sum((g - w) ** 2)) for g, w in pairs)
+    of_weights = (squares / sum(float(jnp.sum(w**2)) for _, w in pairs)) ** 0.5
+    apart_BT = jnp.linalg.norm(dx_BTD - exact_BTD, axis=-1) / jnp.linalg.norm(exact_BTD, axis=-1)
+    return of_weights, *np.nanpercentile(apart_BT, [50, 90]).tolist()
+
+
+def rows(trained: Trained, tokens_BS: Array) -> Iterator[str]:
+    """The lines of a Markdown table."""
+    x_BTD = trained.model.embedding(tokens_BS[:, :-1])
+    tokens = x_BTD.shape[0] * x_BTD.shape[1]
+    uneven = 10.0 ** np.random.default_rng(0).uniform(-6, 0, tokens)
+    weightings = [jnp.asarray(w / w.sum(), jnp.float32) for w in (np.ones(tokens), uneven)]
+    yield "| | all tokens alike: weights | median token | 90 % | uneven: weights | median | 90 % |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, variant in VARIANTS.items():
+        ours, exact = (gradients(trained, rule, variant) for rule in (Fp8Rule, ExactBackward))
+        found = [
+            errors(ours(x_BTD, tokens_BS, weight_X), exact(x_BTD, tokens_BS, weight_X))
+            for weight_X in weightings
+        ]
+        yield f"| {name} | " + " | ".join(f"{e:.1%}" for row in found for e in row) + " |"
+
+
+@exits_cleanly
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--workdir", required=True, help="of a run in FP8 or BF16")
+    parser.add_argument("--sequences", type=int, default=8)
+    options = parser.parse_args(arguments)
+    trained = from_workdir(options.workdir, print)
+    prepared = prepare(trained.config)
+    loader = Loader(prepared, trained.config)
+    last = len(prepared.train_shards) - options.sequences
+    loader.restore({**loader.state(), "position": last})
+    tokens_BS = jnp.asarray(loader.next_batch(options.sequences).tokens)
+    for line in rows(trained, tokens_BS):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
