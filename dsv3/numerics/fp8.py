@@ -53,9 +53,9 @@ def quantize(
     format's largest number (E4M3: 448, E5M2: 57344), rounded to nearest even."""
     limit = float(jnp.finfo(FORMATS[form]).max)
     x = x.astype(jnp.float32)
-    pieces = cut(x, group)
-    scales = _scales(jnp.max(jnp.abs(pieces), axis=(-3, -1)), limit, power_of_two)
-    scaled = jnp.clip(pieces / scales[..., :, None, :, None], -limit, limit)
+    cut = in_groups(x, group)
+    scales = _scales(jnp.max(jnp.abs(cut), axis=(-3, -1)), limit, power_of_two)
+    scaled = jnp.clip(cut / scales[..., :, None, :, None], -limit, limit)
     return Quantized(_joined(scaled.astype(FORMATS[form]), x.shape), scales)
 
 
@@ -75,7 +75,7 @@ def _power_of_two_above(x: Array) -> Array:
     return lax.bitcast_convert_type((bits + 0x7FFFFF) & jnp.uint32(0xFF800000), jnp.float32)
 
 
-def cut(x: Array, group: Group) -> Array:
+def in_groups(x: Array, group: Group) -> Array:
     """[..., R, C] as [..., r, rows, c, columns], padded with zeros to whole groups."""
     *_, r, c = x.shape
     rows, columns = (min(g or n, n) or 1 for g, n in zip(group, (r, c), strict=True))
@@ -84,9 +84,9 @@ def cut(x: Array, group: Group) -> Array:
     return padded.reshape(*x.shape[:-2], -(-r // rows), rows, -(-c // columns), columns)
 
 
-def _joined(pieces: Array, shape: tuple[int, ...]) -> Array:
-    *lead, r, rows, c, columns = pieces.shape
-    return pieces.reshape(*lead, r * rows, c * columns)[..., : shape[-2], : shape[-1]]
+def _joined(cut: Array, shape: tuple[int, ...]) -> Array:
+    *lead, r, rows, c, columns = cut.shape
+    return cut.reshape(*lead, r * rows, c * columns)[..., : shape[-2], : shape[-1]]
 
 
 def as_bytes(q: Quantized) -> Quantized:
@@ -94,9 +94,9 @@ def as_bytes(q: Quantized) -> Quantized:
     return q._replace(values=lax.bitcast_convert_type(q.values, jnp.uint8))
 
 
-def from_bytes(q: Quantized, form: FormatName = "e4m3") -> Quantized:
-    """What `as_bytes` was given."""
-    return q._replace(values=lax.bitcast_convert_type(q.values, FORMATS[form]))
+def from_bytes(q: Quantized) -> Quantized:
+    """What `as_bytes` was given, of E4M3 values."""
+    return q._replace(values=lax.bitcast_convert_type(q.values, jnp.float8_e4m3fn))
 
 
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Array:
@@ -127,9 +127,9 @@ def pack_e5m6(x: Array) -> Quantized:
     *lead, columns = x.shape
     if columns % 2:
         raise ValueError(f"E5M6 is stored in pairs: {columns} columns are odd")
-    pieces = cut(x.astype(jnp.float32)[..., None, :], TILE)
-    scales = _scales(jnp.max(jnp.abs(pieces), axis=(-3, -1)), E5M6_MAX, power_of_two=True)
-    scaled = _joined(pieces / scales[..., :, None, :, None], (*lead, 1, columns))[..., 0, :]
+    cut = in_groups(x.astype(jnp.float32)[..., None, :], TILE)
+    scales = _scales(jnp.max(jnp.abs(cut), axis=(-3, -1)), E5M6_MAX, power_of_two=True)
+    scaled = _joined(cut / scales[..., :, None, :, None], (*lead, 1, columns))[..., 0, :]
     half = _rounded_to_e5m6(scaled).astype(jnp.float16)
     code = lax.bitcast_convert_type(half, jnp.uint16) >> 4
     first, second = code[..., 0::2], code[..., 1::2]

@@ -150,7 +150,7 @@ def _any_in_group(marked: Array, q: Quantized) -> Array:
         1 if scales == size else None if scales == 1 else fp8.GROUP
         for scales, size in zip(q.scales.shape[1:], q.values.shape[1:], strict=True)
     )
-    return jnp.any(fp8.cut(marked, (rows, columns)), axis=(-3, -1))
+    return jnp.any(fp8.in_groups(marked, (rows, columns)), axis=(-3, -1))
 
 
 def _by_expert(tally_ZT: Array, expert_Z: Array, experts: int) -> Array:
