@@ -9,6 +9,7 @@ from dsv3.config import Fp8Dot
 from dsv3.numerics.fp8 import BLOCK, COLUMN, TILE, dequantize, quantize
 from dsv3.numerics.fp8_dot import Fp8Rule
 from dsv3.numerics.watch import OPERANDS, REPORT, TALLIES, Watched
+from dsv3.parallel.dispatch import combine, dispatch, layout_of
 
 RULE = Fp8Rule(Fp8Dot())
 EXPERTS, ROWS = 3, 16
@@ -101,11 +102,37 @@ def test_experts_report_apart_and_padding_is_nothing():
             np.testing.assert_allclose(got["scale_min"], lowest, rtol=1e-6)
 
 
+def test_experts_multiply_the_same_bytes_whether_rounded_on_the_wire_or_on_arrival():
+    layout = layout_of(jnp.array([[0, 2], [2, 1], [0, 1], [1, 2]]), EXPERTS, 4)
+    u, first, second = spread(0, 4, 200), spread(1, EXPERTS, 200, 72), spread(2, EXPERTS, 72, 200)
+
+    def experts(rule, u):
+        x = dispatch(rule.wire, u, layout)
+        hidden = rule.after_dispatch.grouped(x, [first], layout.expert_Z)
+        y = rule.before_combine.grouped(hidden, [second], layout.expert_Z)
+        return combine(rule.gradient_wire, y, layout)
+
+    @jax.jit
+    def both(u, dy):
+        ys, vjps = zip(*(jax.vjp(lambda u, r=r: experts(r, u), u) for r in
+                         (RULE, Watched(**vars(RULE)))), strict=True)  # fmt: skip
+        return ys, [vjp(dy)[0] for vjp in vjps]
+
+    for plain, watched in both(u, spread(3, 4, 200)):
+        np.testing.assert_array_equal(plain, watched)
+
+
+def reported(rule, x, w, dy):
+    """[operand, tally] of a dense map."""
+    watched = Watched(**vars(rule))
+    _, report = jax.jit(lambda x, w, dy: jax.vjp(watched.last_axis, x, w)[1]([dy]))(x, w, dy)
+    return np.asarray(report).reshape(-1)[:REPORT].reshape(len(OPERANDS), len(TALLIES))
+
+
 @pytest.mark.parametrize("config", [Fp8Dot(groups="tensor"), Fp8Dot(gradient_format="e5m2")])
 def test_ablations_are_watched_as_well(config):
     x, w, dy = spread(0, 64, 64), spread(1, 64, 64), spread(2, 64, 64)
-    _, report = jax.vjp(Watched(**vars(Fp8Rule(config))).last_axis, x, w)[1]([dy])
-    table = np.asarray(report).reshape(-1)[:REPORT].reshape(len(OPERANDS), len(TALLIES))
+    table = reported(Fp8Rule(config), x, w, dy)
     assert (table[:, 0] == [(np.asarray(a) != 0).sum() for a in (x, w, dy, x, dy)]).all()
     lost, kept = table[0, 1], table[2, 1]
     assert 0 < lost and (config.groups == "tensor" or kept < lost / 10)  # E5M2 reaches further
@@ -113,6 +140,5 @@ def test_ablations_are_watched_as_well(config):
 
 def test_what_is_not_finite_shows():
     x, w, dy = spread(0, 32, 64).at[3, 4].set(jnp.nan), spread(1, 64, 64), spread(2, 32, 64)
-    _, report = jax.vjp(Watched(**vars(RULE)).last_axis, x, w)[1]([dy])
-    table = np.asarray(report).reshape(-1)[:REPORT].reshape(len(OPERANDS), len(TALLIES))
+    table = reported(RULE, x, w, dy)
     assert np.isnan(table[0]).any() and np.isfinite(table[1:3]).all()
