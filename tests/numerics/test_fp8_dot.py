@@ -46,7 +46,7 @@ def test_each_gemm_multiplies_what_the_report_says():
     assert error(dx, exact_product(q_dy, q_w, (1, 1))) < 1e-6
     assert error(dw, exact_product(again, quantize(dy, COLUMN), (0, 0))) < 1e-6
     assert unlikeness(y, x @ w) < 1e-3 > unlikeness(dx, dy @ w.T)
-    assert unlikeness(dw, x.T @ dy) < 1.05e-3  # x was rounded twice: right at the limit
+    assert unlikeness(dw, x.T @ dy) < 1e-3  # 0.996e-3: x was rounded twice
 
 
 def test_powers_of_two_make_the_second_rounding_of_x_a_mere_shift():
@@ -212,7 +212,7 @@ def test_blocks_shorter_than_a_group():
     y, vjp = jax.vjp(lambda x, w: RULE.grouped(x, [w], EXPERT_Z), x, w)
     dx, dw = vjp(dy.at[96:].set(0))
     assert unlikeness(y[:32], x[:32] @ w[0]) < 1e-3 > unlikeness(dx[:32], dy[:32] @ w[0].T)
-    assert unlikeness(dw[0], x[:32].T @ dy[:32]) < 2e-3
+    assert unlikeness(dw[0], x[:32].T @ dy[:32]) < 1e-3
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
