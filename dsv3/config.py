@@ -356,12 +356,11 @@ class Checkpoint(Section):
 
 @dataclass(frozen=True)
 class Reporting(Section):
-    """What a run writes: a metrics line every `every` steps, TensorBoard, plots at the end, and
-    what FP8 loses in each product every `fp8_every` steps (None: never)."""
+    """What a run writes: a metrics line every `every` steps, TensorBoard, plots at the end."""
 
     path: ClassVar[str] = "reporting"
     every: int = 10
-    fp8_every: int | None = None
+    fp8_every: int | None = None  # steps between looks at what FP8 loses in each product
     tensorboard: bool = True
     plots: bool = True
 
@@ -397,6 +396,5 @@ class Config(Section):
         if self.model.mtp_depths >= self.training.sequence_length:
             self.model.require(False, "mtp_depths", "must be below training.sequence_length")
         self.parallel.require_fitting(self.model.moe, self.model.remat)
-        watches = self.reporting.fp8_every is not None
-        self.reporting.require(not watches or isinstance(self.model.dot, Fp8Dot), "fp8_every",
-                               "wants model.dot = 'fp8'")  # fmt: skip
+        watchable = self.reporting.fp8_every is None or isinstance(self.model.dot, Fp8Dot)
+        self.reporting.require(watchable, "fp8_every", "wants model.dot = 'fp8'")

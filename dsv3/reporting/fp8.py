@@ -2,8 +2,9 @@
 
 Every `reporting.fp8_every`-th batch is run through the model once more before its step, with every
 dot rule watched (`numerics.watch`): the same weights, the same batch, so the operands are those
-that the step itself multiplies. The step is left alone; a run is the same with and without. Of a
-batch in micro-batches only the first is watched.
+that the step itself multiplies. The step is left alone; a run is the same with and without. What is
+watched is what one device multiplies at once: the first micro-batch, or its share of it, on one
+device that holds the whole model for the while.
 
 A line of metrics.jsonl then has `fp8`: linear map → operand → figure → one number a layer.
 
@@ -28,12 +29,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from dsv3.config import Config, Model
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
 from dsv3.numerics.fp8_dot import Fp8Rule
 from dsv3.numerics.watch import OPERANDS, REPORT, SUMS, TALLIES, Watched
+from dsv3.parallel import mesh as meshes
 from dsv3.training.losses import training_loss
 from dsv3.training.schedules import value_at
 from dsv3.training.state import TrainState, merge, split
@@ -42,9 +45,10 @@ from dsv3.training.step import Metrics
 FIGURES = ("underflow", "saturation", "scale_min", "scale_max", "error")
 STACKED = ("dense", "moe")  # parts of the model whose layers are one stack
 Step = Callable[[TrainState, Array], tuple[TrainState, Metrics]]
+Watch = Callable[[tuple, Array], dict[str, Array]]
 
 
-def watching(config: Config, step: Step, taken: int) -> Step:
+def watching(config: Config, mesh: Mesh, step: Step, taken: int) -> Step:
     """`step`, whose metrics now and then also hold `fp8`; `step` itself where nobody asked.
 
     `taken` steps were taken before. Batches are counted on the host, which so never waits.
@@ -55,15 +59,21 @@ def watching(config: Config, step: Step, taken: int) -> Step:
     watch, numbers = make_watch(config), itertools.count(taken + 1)
 
     def watched(state: TrainState, tokens_BS: Array) -> tuple[TrainState, Any]:
-        found = {"fp8": watch(state, tokens_BS)} if next(numbers) % every == 0 else {}
+        found = {}
+        if next(numbers) % every == 0:
+            at_once = config.training.micro_batch or len(tokens_BS)
+            part_bS = tokens_BS[: at_once // meshes.sizes_of(mesh).data_ranks]
+            needed = state.params, state.router_bias, state.sequences
+            found = {"fp8": watch(meshes.on_one_device(needed, mesh), part_bS)}
         state, metrics = step(state, tokens_BS)
         return state, {**metrics, **found}
 
     return watched
 
 
-def make_watch(config: Config) -> Callable[[TrainState, Array], dict[str, Array]]:
-    """(state, int32 tokens [B, T + 1]) to tallies [L, E, operand, tally] of each linear map.
+def make_watch(config: Config) -> Watch:
+    """((parameters, router bias, sequences trained on), int32 tokens [b, T + 1]) to the tallies
+    [L, E, operand, tally] of each linear map, on one device.
 
     Raises ConfigError where a weight is too small for a report.
     """
@@ -71,21 +81,21 @@ def make_watch(config: Config) -> Callable[[TrainState, Array], dict[str, Array]
 
 
 @functools.cache
-def _jitted_watch(config: Config):
+def _jitted_watch(config: Config) -> Watch:
     training = config.training
     graph, paths = _watched_model(config.model)
 
     @jax.jit
-    def watch(state: TrainState, tokens_BS: Array) -> dict[str, Array]:
-        tokens = state.sequences.astype(jnp.float32) * training.sequence_length
-        mtp_weight = value_at(training.mtp_weight, tokens / training.tokens)
+    def watch(state: tuple, tokens_bS: Array) -> dict[str, Array]:
+        params, router_bias, sequences = state
+        fraction = sequences.astype(jnp.float32) * training.sequence_length / training.tokens
+        mtp_weight = value_at(training.mtp_weight, fraction)
         dtype = jnp.dtype(training.compute_dtype)
 
         def loss(params):
-            model = merge(graph, params, state.router_bias)
-            return training_loss(model, tokens_BS[: training.micro_batch], mtp_weight, dtype)[0]
+            return training_loss(merge(graph, params, router_bias), tokens_bS, mtp_weight, dtype)[0]
 
-        reports = dict(nnx.to_flat_state(jax.grad(loss)(state.params)))
+        reports = dict(nnx.to_flat_state(jax.grad(loss)(params)))
         return {name: _tallies(path, reports[path][...]) for name, path in paths.items()}
 
     return watch

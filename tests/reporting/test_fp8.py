@@ -13,6 +13,7 @@ from dsv3.config import Fp8Dot
 from dsv3.data.prepare import prepare
 from dsv3.errors import ConfigError
 from dsv3.numerics.watch import OPERANDS, TALLIES
+from dsv3.parallel import mesh as meshes
 from dsv3.reporting.formats import products
 from dsv3.reporting.fp8 import FIGURES, described, make_watch, watching
 from dsv3.reporting.fp8_plots import axes_of, fp8_figures, values_of
@@ -25,6 +26,9 @@ FP8 = apply(CONFIG, {"model.dot": "fp8"})
 # one stack of MoE blocks: to compile more kinds would cost more and show no more
 RUN = apply(FP8, {"model.dense_layers": 0, "model.layers": 2, "model.mtp_depths": 0,
                   "training.micro_batch": 2, "training.ema_decay": None})  # fmt: skip
+
+
+MESH = meshes.build(RUN.parallel)
 
 
 def in_fp8(config):
@@ -72,7 +76,8 @@ def test_watching_changes_no_number(watched_run, tmp_path):
 def test_watched_are_the_operands_of_the_step(watched_run):
     """The first micro-batch's: what is counted of a weight is the weight that the step has."""
     state = train_state.create(RUN)
-    tallies = make_watch(RUN)(state, np.asarray(tokens(0)))
+    of_state = state.params, state.router_bias, state.sequences
+    tallies = make_watch(RUN)(of_state, np.asarray(tokens(0))[:2])
     counts = np.asarray(tallies["moe.attention.q_a"])[:, 0, :, TALLIES.index("nonzero")]
     w = state.params["moe"]["attention"]["q_a"]["w"][...]
     assert (counts[:, OPERANDS.index("weight")] == w[0].size).all()
@@ -82,13 +87,13 @@ def test_watched_are_the_operands_of_the_step(watched_run):
 
 def test_the_log_of_a_run_names_the_backend():
     said = []
-    train_module.describe_run(RUN, prepare(RUN), said.append)
+    train_module.describe_run(RUN, MESH, prepare(RUN), said.append)
     assert "dot rule 'fp8' (backend 'reference') in float32 on cpu" in said[1]
 
 
 def test_nobody_asked():
     step = make_step(FP8)
-    assert watching(FP8, step, 0) is step
+    assert watching(FP8, MESH, step, 0) is step
 
 
 def test_all_kinds_of_layers_are_named_as_in_the_table_of_formats():
@@ -96,7 +101,8 @@ def test_all_kinds_of_layers_are_named_as_in_the_table_of_formats():
         FP8, {"reporting.fp8_every": 1, "model.mtp_depths": 2, "model.dot.groups": "tensor"}
     )
     state = jax.eval_shape(lambda: train_state.create(config))
-    tallies = jax.eval_shape(make_watch(config), state, tokens(0))
+    of_state = state.params, state.router_bias, state.sequences
+    tallies = jax.eval_shape(make_watch(config), of_state, tokens(0))
     assert tallies.keys() == in_fp8(FP8).keys() | {
         name.replace("mtp.0", "mtp.1") for name in in_fp8(FP8) if name.startswith("mtp")
     }
