@@ -75,13 +75,18 @@ class Route:
         return exchange(rows, self.sizes_nn.T, self.axes, tokens, rows_sent)
 
 
+def goes_to(experts_XK: Array, experts: int, hop: Hop) -> Array:
+    """Whether any of a token's experts lives on a rank of the hop, bool [X, ranks]."""
+    rank_XK = experts_XK // (experts // hop.ranks)
+    goes_Xn = jnp.any(jax.nn.one_hot(rank_XK, hop.ranks, dtype=bool), axis=1)
+    return goes_Xn & (jnp.cumsum(goes_Xn, axis=1) <= hop.copies)  # holds anyway; buffers rely on it
+
+
 def route_of(experts_XK: Array, experts: int, hop: Hop, arrivals: int) -> Route:
     """The route of one hop; `experts` are divided among its ranks, others are no one's."""
     tokens = experts_XK.shape[0]
     rows = tokens * hop.copies
-    rank_XK = experts_XK // (experts // hop.ranks)
-    goes_Xn = jnp.any(jax.nn.one_hot(rank_XK, hop.ranks, dtype=bool), axis=1)
-    goes_Xn &= jnp.cumsum(goes_Xn, axis=1) <= hop.copies  # holds anyway; buffers rely on it
+    goes_Xn = goes_to(experts_XK, experts, hop)
     counts_n = jnp.sum(goes_Xn, axis=0, dtype=jnp.int32)
     before_Xn = jnp.cumsum(goes_Xn, axis=0, dtype=jnp.int32) - goes_Xn
     row_Xn = jnp.where(goes_Xn, before_Xn + _starts(counts_n)[None, :], rows)
