@@ -21,6 +21,7 @@ from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.errors import exits_cleanly
 from dsv3.host import keep_freed_memory
+from dsv3.parallel import mesh as meshes
 from dsv3.sweeps import load_config
 from dsv3.training import state as train_state
 from dsv3.training.schedules import batch_size
@@ -29,7 +30,8 @@ from dsv3.training.step import make_step
 
 def measure(config: Config, steps: int, warmup: int) -> tuple[list[float], float]:
     """Seconds of each of `steps` steps after `warmup` untimed ones, and of the very first call."""
-    step, state = make_step(config), train_state.create(config)
+    mesh = meshes.build(config.parallel)
+    step, state = make_step(config, mesh), train_state.create(config, mesh)
     shape = (batch_size(config.training, 0), config.training.sequence_length + 1)
     draw = np.random.default_rng(0)
     seconds = []

@@ -26,10 +26,14 @@ tokens, in steps of 768 sequences; a micro-batch of 128 sequences, one for each 
 (2048 GPUs in 16 pipeline stages). Positions are plain RoPE: YaRN belongs to the long-context
 stage (§4.3).
 
+The mesh is the report's 2048 devices: 16 pipeline ranks, 2 copies of the experts, 8 nodes of 8
+devices for each. Until there is a pipeline its ranks only share the parameters, gathered layer by
+layer, and each computes all layers: a plan of the memory, not a way to train.
+
 The corpus of the report is not public: bind `data.corpus`. The tokenizer is that of the release.
 """
 
-from dsv3.config import AdamW, AuxFree, Config, Data, Mla, Model, Moe, Phase, Training
+from dsv3.config import AdamW, AuxFree, Config, Data, Mla, Model, Moe, Parallel, Phase, Training
 
 TOKENS = 14.8e12
 
@@ -40,7 +44,7 @@ def until(tokens: float) -> float:
 
 
 def get_config() -> Config:
-    return Config(model=model(), data=data(), training=training())
+    return Config(model=model(), data=data(), training=training(), parallel=parallel())
 
 
 def model() -> Model:
@@ -110,4 +114,16 @@ def training() -> Training:
         clip_norm=1.0,
         ema_decay=0.9999,
         compute_dtype="bfloat16",
+    )
+
+
+def parallel() -> Parallel:
+    return Parallel(
+        pipe=16,
+        replica=2,
+        node=8,
+        local=8,
+        transport="node_limited",
+        parameters="fsdp",
+        expert_rows=2.0,
     )

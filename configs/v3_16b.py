@@ -17,13 +17,20 @@ Optimisation is V2-Lite's (arXiv 2405.04434, App. B), the report being silent: 4
 4096, peak learning rate 4.2e-4 after 2000 steps, times 0.316 at 80 % and again at 90 % of the
 tokens. Gates are not scaled, as in V2-Lite. The tokenizer is a BPE trained on the corpus, since the
 one of the V3 release has more than 102,400 entries.
+
+The mesh is nodes of 8 devices that each hold all experts among them, as many nodes as there are.
 """
 
-from dsv3.config import AuxFree, Config, Data, Mla, Model, Moe, Phase, Training
+from dsv3.config import AuxFree, Config, Data, Mla, Model, Moe, Parallel, Phase, Training
 
 
 def get_config() -> Config:
-    return Config(model=model(), data=Data(tokenizer="bpe"), training=training())
+    return Config(
+        model=model(),
+        data=Data(tokenizer="bpe"),
+        training=training(),
+        parallel=Parallel(replica=None, local=8, expert_rows=2.0),
+    )
 
 
 def model() -> Model:

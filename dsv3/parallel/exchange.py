@@ -136,6 +136,9 @@ def _one_pass(hops, rows, dot, work, experts, weights, u_XD, experts_XK, gates_X
     fewer = experts // hop.ranks
     own_YK = there_YK - lax.axis_index(hop.axes) * fewer
     own_YK = jnp.where((own_YK >= 0) & (own_YK < fewer) & (there_YK >= 0), own_YK, fewer)
+    if fewer < own_YK.shape[1]:  # a token has no more experts here than there are
+        order_YK = jnp.argsort(own_YK, axis=1)[:, :fewer]
+        own_YK, gates_YK = (jnp.take_along_axis(x, order_YK, 1) for x in (own_YK, gates_YK))
     y_YD = _one_pass(tuple(rest), rows, dot, work, fewer, weights, u_YD, own_YK, gates_YK)
     return combine(dot.gradient_wire, y_YD, route)
 
