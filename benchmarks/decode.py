@@ -15,6 +15,7 @@ Seconds are wall clock, medians; each command prints a table. A busy machine spo
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -28,13 +29,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from dsv3.checkpoint import hub, huggingface
-from dsv3.checkpoint.manifest import name_leaves
+from dsv3.checkpoint import huggingface
+from dsv3.checkpoint.exporting import export, of_model
 from dsv3.checkpoint.trained import from_workdir
 from dsv3.cli import Parser
-from dsv3.config import Model
+from dsv3.config import Config, Model
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import exits_cleanly
 from dsv3.evaluation.bits_per_byte import held_out, held_out_texts
@@ -121,36 +121,14 @@ def run_context(options: argparse.Namespace) -> None:
 # --- transformers ------------------------------------------------------------------------------
 
 
-def write_official(model: Transformer, folder: Path) -> None:
-    """config.json and model.safetensors, FP32, of a model without YaRN or MTP."""
-    values = {"model": model.config, "model.mla": model.config.mla, "model.moe": model.config.moe}
-    fields = {
-        name: getattr(values[path.rpartition(".")[0]], path.rpartition(".")[2])
-        for path, name in hub.FIELDS.items()
-    }
-    fields |= {
-        "architectures": [hub.ARCHITECTURE], "model_type": "deepseek_v3",
-        "num_key_value_heads": model.config.mla.heads, "num_nextn_predict_layers": 0,
-        "max_position_embeddings": 8192, "rope_theta": model.config.mla.rope_theta,
-        "bos_token_id": 0, "eos_token_id": 1, "dtype": "float32",
-    }  # fmt: skip
-    arrays = {name: np.asarray(leaf) for name, leaf in name_leaves(model).items()}
-    tensors = {}
-    for piece in hub.pieces(model.config, {name: array.shape for name, array in arrays.items()}):
-        tensor = arrays[piece.parameter][piece.index]
-        tensors[piece.tensor] = np.ascontiguousarray(tensor.T if piece.transposed else tensor)
-    (folder / "config.json").write_text(json.dumps(fields))
-    save_file(tensors, folder / huggingface.SINGLE, {"format": "pt"})
-
-
 def run_transformers(options: argparse.Namespace) -> None:
-    import dataclasses
-
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     config = dataclasses.replace(load_config(ROOT / "configs/tiny.py").model, mtp_depths=0)
     with tempfile.TemporaryDirectory() as name:
-        write_official(random_model(config), Path(name))
-        _, model = huggingface.load(name)
+        folder = Path(name, "hf")
+        whole = dataclasses.replace(Config(), model=config)
+        export(of_model(whole, random_model(config)), folder, dtype="float32")
+        _, model = huggingface.load(folder)
         rng = np.random.default_rng(0)
         shape = (options.batch, options.prompt)
         prompts = rng.integers(2, config.vocab, shape).tolist()

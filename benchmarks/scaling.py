@@ -63,7 +63,7 @@ def stepper(config: Config, tokens_BS: np.ndarray) -> Callable[[], None]:
 
     def take():
         nonlocal state
-        state, _ = jax.block_until_ready(step(state, tokens_BS))
+        state, _ = jax.block_until_ready(step(state, jax.numpy.asarray(tokens_BS)))
 
     take()
     return take
