@@ -10,6 +10,7 @@ and then that axis holds copies. Gains and router biases are everywhere.
 What is rarely read and large, the average of the parameters, lives in host memory (§3.2.3).
 """
 
+import functools
 import math
 import re
 from dataclasses import replace
@@ -174,10 +175,15 @@ def on_one_device(tree, mesh: Mesh):
     device = jax.local_devices()[0]
     if jax.process_count() == 1:
         return jax.device_put(tree, device)
-    # one program: transfers of their own would meet in another order in each process, and wait
-    gather = jax.jit(lambda tree: tree, out_shardings=everywhere(mesh))
-    whole = compiled_together(gather)(tree)
-    return jax.tree.map(lambda x: jax.device_put(x.addressable_data(0), device), whole)
+    return jax.tree.map(
+        lambda x: jax.device_put(x.addressable_data(0), device), _gather(mesh)(tree)
+    )
+
+
+@functools.cache
+def _gather(mesh: Mesh):
+    """One program: transfers of their own would meet in another order in each process, and wait."""
+    return compiled_together(jax.jit(lambda tree: tree, out_shardings=everywhere(mesh)))
 
 
 def on_this_platform(config: Config) -> Config:

@@ -77,7 +77,8 @@ def compiled_together(function: Any) -> Callable:
     ready: dict[Any, Callable] = {}
 
     def run(*args: Any) -> Any:
-        kind = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
+        leaves, structure = jax.tree.flatten(args)
+        kind = (structure, *((x.shape, x.dtype) for x in leaves))
         if kind not in ready:
             with together():
                 ready[kind] = function.lower(*args).compile()

@@ -62,9 +62,10 @@ def watching(config: Config, mesh: Mesh, step: Step, taken: int) -> Step:
         found = {}
         if next(numbers) % every == 0:
             at_once = config.training.micro_batch or len(tokens_BS)
-            part_bS = tokens_BS[: at_once // meshes.sizes_of(mesh).data_ranks]
-            needed = state.params, state.router_bias, state.sequences
-            found = {"fp8": watch(meshes.on_one_device(needed, mesh), part_bS)}
+            needed = (state.params, state.router_bias, state.sequences), tokens_BS
+            whole, tokens_BS_here = meshes.on_one_device(needed, mesh)
+            part_bS = tokens_BS_here[: at_once // meshes.sizes_of(mesh).data_ranks]
+            found = {"fp8": watch(whole, part_bS)}
         state, metrics = step(state, tokens_BS)
         return state, {**metrics, **found}
 

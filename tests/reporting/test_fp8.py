@@ -1,6 +1,7 @@
 """FP8 watched in a run: every linear map, on the line of its step, and the run none the wiser."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,18 @@ def test_every_linear_map_is_on_the_lines_that_were_asked_for(watched_run):
     assert any(x % 1 for x in found["moe.ffn.shared.gate"]["activation"]["scale_min"])
     assert rows[1]["fp8"] != rows[3]["fp8"]
     assert {p.name for p in (watched_run / "plots").iterdir()} >= {"fp8.png", "fp8_steps.png"}
+
+
+def test_a_batch_cut_over_a_mesh_is_watched_on_one_device(monkeypatch):
+    config = apply(FP8, {"parallel.replica": 8, "reporting.fp8_every": 1})
+    mesh = meshes.build(config.parallel)
+    batch = jax.device_put(tokens(0), meshes.batch_sharding(mesh))
+    state = SimpleNamespace(params=batch, router_bias=None, sequences=jnp.uint32(0))
+    monkeypatch.setattr("dsv3.reporting.fp8.make_watch", lambda config: lambda *given: given)
+    step = watching(config, mesh, lambda state, batch: (state, {}), 0)
+    (params, _, _), part = step(state, batch)[1]["fp8"]
+    assert len(params.devices()) == 1 and params.devices() == part.devices()
+    np.testing.assert_array_equal(part, batch[:1])
 
 
 def test_watching_changes_no_number(watched_run, tmp_path):
