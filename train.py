@@ -25,7 +25,7 @@ from dsv3.bindings import apply, difference, operative, parse, read_bindings
 from dsv3.checkpoint.store import Store
 from dsv3.checkpoint.trained import restore
 from dsv3.cli import Parser
-from dsv3.config import Config, Fp8Dot
+from dsv3.config import Config
 from dsv3.data.loader import Loader
 from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.progress import progress_bars
@@ -154,7 +154,7 @@ def describe_run(
     """Say what will be trained, and on what."""
     total, active = counts.parameters(config.model).total, counts.activated(config.model).total
     dot = on_this_platform(config).model.dot
-    backend = f"(backend {dot.backend!r}) " if isinstance(dot, Fp8Dot) else ""
+    backend = f"(backend {dot.backend!r}) "
     say(f"data: {prepared.describe()}")
     say(
         f"model: {total:,} parameters, {active:,} activated a token; dot rule "

@@ -132,6 +132,7 @@ class Bf16Dot(Section):
 
     path: ClassVar[str] = "model.dot"
     tag: ClassVar[str] = "bf16"
+    backend: Literal["auto", "xla", "mosaic"] = "auto"  # of experts' products; chosen by platform
 
 
 @dataclass(frozen=True)
@@ -174,14 +175,14 @@ class Fp8Dot(Section):
     gradient_format: Literal["e4m3", "e5m2"] = "e4m3"
     gradient_groups: Literal["tile", "block"] = "tile"  # block: App. B.2, which diverged
     accumulator: ExactAccumulator | HopperAccumulator = ExactAccumulator()
-    backend: Literal["auto", "reference", "dequant"] = "auto"
+    backend: Literal["auto", "reference", "dequant", "mosaic"] = "auto"
 
     def validate(self):
         self.require(self.groups == "fine" or self.gradient_groups == "tile", "gradient_groups",
                      "contradicts model.dot.groups = 'tensor', which has none")  # fmt: skip
         if isinstance(self.accumulator, HopperAccumulator):
-            self.require(self.backend != "dequant", "backend",
-                         "multiplies in BF16, not by model.dot.accumulator = 'hopper'")  # fmt: skip
+            self.require(self.backend not in ("dequant", "mosaic"), "backend",
+                         "does not multiply by model.dot.accumulator = 'hopper'")  # fmt: skip
             every = self.accumulator.promote_every
             inside = every is not None and every <= 128 and 128 % every == 0
             self.require(self.groups == "tensor" or inside, "groups",

@@ -29,26 +29,41 @@ def build(config: Bf16Dot | Fp8Dot) -> DotRule:
     """The rule that a configuration names."""
     match config:
         case Bf16Dot():
-            return PlainDot()
+            return PlainDot(mosaic=config.backend == "mosaic")
         case Fp8Dot():
             return Fp8Rule(config)
 
 
-def placed[D: Bf16Dot | Fp8Dot](config: D, platform: str) -> D:
-    """`config` with its backend chosen for a platform, where it leaves the choice: 'reference' on
-    CPUs and under an emulated accumulator, else 'dequant', which costs one BF16 product."""
-    match config:
-        case Fp8Dot(backend="auto", accumulator=accumulator):
-            emulated = isinstance(accumulator, HopperAccumulator)
-            slow = platform == "cpu" or emulated
-            return replace(config, backend="reference" if slow else "dequant")
-    return config
+def placed[D: Bf16Dot | Fp8Dot](config: D, platform: str, block: int = 128) -> D:
+    """`config` with its backend chosen for a platform, where it leaves the choice.
+
+    On 'hopper', a GPU of compute capability 9.0, it is 'mosaic' if experts' blocks are multiples of
+    128 rows. Else the BF16 rule takes 'xla', and FP8 'reference' on CPUs and under an emulated
+    accumulator, 'dequant', which costs one BF16 product, anywhere else. Raises ConfigError where
+    'mosaic' was asked for and cannot be.
+    """
+    emulated = isinstance(getattr(config, "accumulator", None), HopperAccumulator)
+    fits = platform == "hopper" and block % 128 == 0 and not emulated
+    config.require(config.backend != "mosaic" or fits, "backend", "needs a GPU of compute "
+                   f"capability 9.0 and model.moe.block a multiple of 128, not {platform!r} and "
+                   f"{block}; 'auto' chooses what runs here")  # fmt: skip
+    if config.backend != "auto":
+        return config
+    if fits:
+        return replace(config, backend="mosaic")
+    if isinstance(config, Bf16Dot):
+        return replace(config, backend="xla")
+    return replace(config, backend="reference" if platform == "cpu" or emulated else "dequant")
 
 
 @dataclass(frozen=True)
 class PlainDot(LinearMap):
-    """Products in the compute dtype (BF16, or FP32 when x is), accumulated in FP32."""
+    """Products in the compute dtype (BF16, or FP32 when x is), accumulated in FP32.
 
+    With `mosaic` those of experts' rows in BF16 are kernels for Hopper; all else is XLA's.
+    """
+
+    mosaic: bool = False
     kept: tuple[str, ...] = ("attention", "dispatch", "swiglu_in")
 
     @property
@@ -77,7 +92,7 @@ class PlainDot(LinearMap):
     def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Array:
         """y_PO in x's dtype: rows of block z times w_EIO[expert_Z[z]] for each w of `ws`, side by
         side; blocks are P / Z rows."""
-        return _grouped(x_PI, tuple(ws), expert_Z)
+        return _grouped(self.mosaic and x_PI.dtype == jnp.bfloat16, x_PI, tuple(ws), expert_Z)
 
 
 def _product(dims: Any) -> Callable[[Array, Array], Array]:
@@ -108,22 +123,28 @@ def _linear_backward(residuals, dy_XO):
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-@jax.custom_vjp
-def _grouped(x_PI, ws, expert_Z):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(mosaic, x_PI, ws, expert_Z):
     w_EIO = jnp.concatenate(ws, axis=-1).astype(x_PI.dtype)
+    if mosaic:
+        return _mosaic().times_experts(x_PI, w_EIO, expert_Z)
     return _times_experts(x_PI, w_EIO, expert_Z, w_EIO.shape[2], FPROP)
 
 
-def _grouped_forward(x_PI, ws, expert_Z):
-    return _grouped(x_PI, ws, expert_Z), (x_PI, ws, expert_Z)
+def _grouped_forward(mosaic, x_PI, ws, expert_Z):
+    return _grouped(mosaic, x_PI, ws, expert_Z), (x_PI, ws, expert_Z)
 
 
-def _grouped_backward(residuals, dy_PO):
+def _grouped_backward(mosaic, residuals, dy_PO):
     x_PI, ws, expert_Z = residuals
-    w_EIO = jnp.concatenate(ws, axis=-1)
-    dx_PI = _times_experts(dy_PO, w_EIO.astype(dy_PO.dtype), expert_Z, w_EIO.shape[1], DGRAD)
-    x_ZbI, dy_ZbO = blocks(x_PI, expert_Z), blocks(dy_PO, expert_Z)
-    dw_EIO = expert_gradients(contract_rows, x_ZbI, dy_ZbO, expert_Z, w_EIO.shape)
+    w_EIO = jnp.concatenate(ws, axis=-1).astype(dy_PO.dtype)
+    if mosaic:
+        dx_PI = _mosaic().times_experts(dy_PO, w_EIO, expert_Z, transposed=True)
+        dw_EIO = _mosaic().expert_gradients(x_PI, dy_PO, expert_Z, w_EIO.shape[0])
+    else:
+        dx_PI = _times_experts(dy_PO, w_EIO, expert_Z, w_EIO.shape[1], DGRAD)
+        x_ZbI, dy_ZbO = blocks(x_PI, expert_Z), blocks(dy_PO, expert_Z)
+        dw_EIO = expert_gradients(contract_rows, x_ZbI, dy_ZbO, expert_Z, w_EIO.shape)
     dws = jnp.split(dw_EIO, ends_of(ws), axis=-1)
     return dx_PI, tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True)), None
 
@@ -135,6 +156,12 @@ def _times_experts(x_PI, w_EIO, expert_Z, outputs, multiply):
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _mosaic():
+    from dsv3.numerics.kernels import bf16_gemm  # a second to import
+
+    return bf16_gemm
 
 
 @functools.partial(jax.jit, static_argnames="block")

@@ -54,18 +54,19 @@ def quantize(
     limit = float(jnp.finfo(FORMATS[form]).max)
     x = x.astype(jnp.float32)
     cut = in_groups(x, group)
-    scales = _scales(jnp.max(jnp.abs(cut), axis=(-3, -1)), limit, power_of_two)
+    scales = scales_of(jnp.max(jnp.abs(cut), axis=(-3, -1)), limit, power_of_two)
     scaled = jnp.clip(cut / scales[..., :, None, :, None], -limit, limit)
     return Quantized(_joined(scaled.astype(FORMATS[form]), x.shape), scales)
 
 
-def _scales(amax: Array, limit: float, power_of_two: bool) -> Array:
+def scales_of(amax: Array, limit: float, power_of_two: bool) -> Array:
+    """The scale of a group whose largest magnitude is `amax`; kernels call it on their tiles."""
     # amax is never negative. The `where` keeps XLA from seeing a constant divisor, see above.
     scales = amax / jnp.where(amax < 0, 1.0, limit).astype(jnp.float32)
     scales = jnp.where(scales < SMALLEST_SCALE, SMALLEST_SCALE, scales)  # NaN stays
     if power_of_two:
         rounded_up = _power_of_two_above(scales)
-        scales = jnp.where(jnp.isfinite(scales), rounded_up, scales)
+        scales = jnp.where(scales < jnp.inf, rounded_up, scales)
     return scales
 
 
@@ -128,7 +129,7 @@ def pack_e5m6(x: Array) -> Quantized:
     if columns % 2:
         raise ValueError(f"E5M6 is stored in pairs: {columns} columns are odd")
     cut = in_groups(x.astype(jnp.float32)[..., None, :], TILE)
-    scales = _scales(jnp.max(jnp.abs(cut), axis=(-3, -1)), E5M6_MAX, power_of_two=True)
+    scales = scales_of(jnp.max(jnp.abs(cut), axis=(-3, -1)), E5M6_MAX, power_of_two=True)
     scaled = _joined(cut / scales[..., :, None, :, None], (*lead, 1, columns))[..., 0, :]
     half = _rounded_to_e5m6(scaled).astype(jnp.float16)
     code = lax.bitcast_convert_type(half, jnp.uint16) >> 4

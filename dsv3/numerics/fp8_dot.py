@@ -22,21 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
 from dsv3.config import Fp8Dot, HopperAccumulator
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize, quantize
-from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted
-from dsv3.numerics.rule import (
-    Formats,
-    LinearMap,
-    PlainWire,
-    blocks,
-    ends_of,
-    expert_gradients,
-    times_experts,
-)
+from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted, Recipe
+from dsv3.numerics.rule import Formats, LinearMap, PlainWire, ends_of
 
 CACHED = "fp8"  # the name of cached activations for rematerialisation policies
 
@@ -46,6 +37,10 @@ def backend_of(config: Fp8Dot) -> Backend:
     match config.accumulator:
         case HopperAccumulator(promote_every=every):
             return Hopper(every)
+    if config.backend == "mosaic":
+        from dsv3.numerics.kernels.backend import Mosaic  # a second to import
+
+        return Mosaic()
     return Dequantized() if config.backend == "dequant" else Promoted()
 
 
@@ -124,50 +119,56 @@ class Fp8Rule(LinearMap):
         """`function(x, ...)` that keeps x in FP8 and is computed again from it going backward."""
         return functools.partial(_from_cache, self, function)
 
-    # How each operand is quantised. Stacks of matrices [Z, rows, columns] work as well.
+    @property
+    def backend(self) -> Backend:
+        return backend_of(self.config)
 
-    def activation(self, x: Array) -> Quantized:
-        return quantize(
-            x, self._group(fp8.TILE), power_of_two=self._powers or self.activation_powers
-        )
+    # How each operand is quantised.
 
-    def weight(self, w: Array) -> Quantized:
-        return quantize(w, self._group(fp8.BLOCK), power_of_two=self._powers)
+    @property
+    def activation(self) -> Recipe:
+        return Recipe(self._group(fp8.TILE), power_of_two=self._powers or self.activation_powers)
 
-    def gradient(self, dy: Array) -> Quantized:
+    @property
+    def weight(self) -> Recipe:
+        return Recipe(self._group(fp8.BLOCK), power_of_two=self._powers)
+
+    @property
+    def gradient(self) -> Recipe:
         """For Dgrad; block by block only in the ablation of App. B.2."""
         group = fp8.BLOCK if self.config.gradient_groups == "block" else fp8.TILE
         powers = self._powers or self.gradient_powers
-        return quantize(dy, self._group(group), self.config.gradient_format, powers)
+        return Recipe(self._group(group), self.config.gradient_format, powers)
 
-    def column(self, x: Array) -> Quantized:
+    @property
+    def column(self) -> Recipe:
         powers = self._powers or self.activation_powers
-        return quantize(x, self._group(fp8.COLUMN), power_of_two=powers)
+        return Recipe(self._group(fp8.COLUMN), power_of_two=powers)
 
-    def gradient_column(self, dy: Array) -> Quantized:
+    @property
+    def gradient_column(self) -> Recipe:
         """For Wgrad; the blocks of App. B.2 need no second grouping, only a transpose."""
         if self.config.gradient_groups == "block":
-            return self.gradient(dy)
+            return self.gradient
         group, powers = self._group(fp8.COLUMN), self._powers or self.gradient_powers
-        return quantize(dy, group, self.config.gradient_format, powers)
+        return Recipe(group, self.config.gradient_format, powers)
 
-    def in_blocks(self, quantizer: Callable[[Array], Quantized], x_PI: Array, expert_Z: Array):
-        """x quantised as [Z, b, I]; one scale for all blocks when it is one for the tensor."""
-        if self.config.groups == "fine":
-            return quantizer(blocks(x_PI, expert_Z))
-        q = quantizer(x_PI)
-        return Quantized(
-            blocks(q.values, expert_Z), jnp.broadcast_to(q.scales, (expert_Z.shape[0], 1, 1))
-        )
-
-    def keep(self, x: Array) -> Quantized:
+    def keep(self, x: Array, q: Quantized | None = None) -> Quantized:
         """The cached form of an activation, its values as bytes: where a platform has no FP8,
-        XLA stores an array of it that a loop reads as FP16, twice as large."""
-        cached = fp8.pack_e5m6(x) if self.cache_e5m6 else fp8.as_bytes(self.activation(x))
-        return jax.tree.map(lambda leaf: checkpoint_name(leaf, CACHED), cached)
+        XLA stores an array of it that a loop reads as FP16, twice as large. `q` is x in FP8, where
+        that is known."""
+        if self.cache_e5m6:
+            kept = fp8.pack_e5m6(x)
+        else:
+            kept = fp8.as_bytes(q or self.backend.quantize(x, self.activation))
+        return jax.tree.map(lambda leaf: checkpoint_name(leaf, CACHED), kept)
 
-    def read(self, cached: Quantized) -> Array:
-        return fp8.unpack_e5m6(cached) if self.cache_e5m6 else dequantize(fp8.from_bytes(cached))
+    def cached(self, kept: Quantized) -> Array | Quantized:
+        """What `keep` stored, as an operand of products."""
+        return fp8.unpack_e5m6(kept) if self.cache_e5m6 else fp8.from_bytes(kept)
+
+    def read(self, kept: Quantized) -> Array:
+        return fp8.unpack_e5m6(kept) if self.cache_e5m6 else dequantize(fp8.from_bytes(kept))
 
     def _group(self, fine: fp8.Group) -> fp8.Group:
         return fp8.TENSOR if self.config.groups == "tensor" else fine
@@ -182,31 +183,32 @@ class Fp8Rule(LinearMap):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(rule: Fp8Rule, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
-    x = rule.activation(x_XI)
-    return tuple(_product(rule, x, 1, rule.weight(w), 0).astype(x_XI.dtype) for w in ws)
+    return _linear_forward(rule, x_XI, ws)[0]
 
 
 def _linear_forward(rule, x_XI, ws):
-    return _linear(rule, x_XI, ws), (rule.keep(x_XI), ws)
+    backend, q = rule.backend, rule.backend.quantize(x_XI, rule.activation)
+    x = backend.operand(q, rule.activation, 1)
+    ys = tuple(
+        backend.multiply(x, backend.weights(w_IO, rule.weight, 0), x_XI.dtype) for w_IO in ws
+    )
+    return ys, (rule.keep(x_XI, q), ws)
 
 
 def _linear_backward(rule, residuals, dys):
-    cached, ws = residuals
-    x = rule.column(rule.read(cached))
+    kept, ws = residuals
+    backend = rule.backend
+    x = backend.operand(rule.cached(kept), rule.column, 0)
     dx_XI, dws = 0.0, []
     for w_IO, dy_XO in zip(ws, dys, strict=True):
-        dx_XI += _product(rule, rule.gradient(dy_XO), 1, rule.weight(w_IO), 1)  # Dgrad
-        dw_IO = _product(rule, x, 0, rule.gradient_column(dy_XO), 0)  # Wgrad
-        dws.append(dw_IO.astype(w_IO.dtype))
+        dy = backend.operand(dy_XO, rule.gradient, 1)
+        dx_XI += backend.multiply(dy, backend.weights(w_IO, rule.weight, 1))  # Dgrad
+        dy = backend.operand(dy_XO, rule.gradient_column, 0)
+        dws.append(backend.multiply(x, dy).astype(w_IO.dtype))  # Wgrad
     return jnp.asarray(dx_XI).astype(dys[0].dtype), tuple(dws)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
-
-
-def _product(rule: Fp8Rule, a: Quantized, over_a: int, b: Quantized, over_b: int) -> Array:
-    backend = backend_of(rule.config)
-    return backend.multiply(backend.prepare(a, over_a), backend.prepare(b, over_b))
 
 
 # --- grouped -----------------------------------------------------------------------------------
@@ -214,43 +216,34 @@ def _product(rule: Fp8Rule, a: Quantized, over_a: int, b: Quantized, over_b: int
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(rule: Fp8Rule, x_PI: Array, ws: tuple[Array, ...], expert_Z: Array) -> Array:
-    x = rule.in_blocks(rule.activation, x_PI, expert_Z)
-    ys = [_times_experts(rule, x, w_EIO, 0, expert_Z, x_PI.dtype) for w_EIO in ws]
-    return jnp.concatenate(ys, axis=-1)
+    return _grouped_forward(rule, x_PI, ws, expert_Z)[0]
 
 
 def _grouped_forward(rule, x_PI, ws, expert_Z):
-    return _grouped(rule, x_PI, ws, expert_Z), (rule.keep(x_PI), ws, expert_Z)
+    backend, q = rule.backend, rule.backend.quantize(x_PI, rule.activation)
+    x = backend.rows(q, rule.activation, 1, expert_Z)
+    weights = [backend.weights(w_EIO, rule.weight, 0) for w_EIO in ws]
+    ys = [backend.times_experts(x, w, expert_Z, x_PI.dtype) for w in weights]
+    return jnp.concatenate(ys, axis=-1), (rule.keep(x_PI, q), ws, expert_Z)
 
 
 def _grouped_backward(rule, residuals, dy_PO):
     """Each weight's gradients are grouped on their own, so that no group spans two weights."""
-    cached, ws, expert_Z = residuals
-    backend = backend_of(rule.config)
-    over_tokens = jax.vmap(lambda q: backend.prepare(q, 0))
-    x_Z = over_tokens(rule.in_blocks(rule.column, rule.read(cached), expert_Z))
+    kept, ws, expert_Z = residuals
+    backend = rule.backend
+    x = backend.rows(rule.cached(kept), rule.column, 0, expert_Z)
     dx_PI, dws = jnp.zeros((dy_PO.shape[0], ws[0].shape[1]), jnp.float32), []
     for w_EIO, dy in zip(ws, jnp.split(dy_PO, ends_of(ws), axis=-1), strict=True):
-        q_dy = rule.in_blocks(rule.gradient, dy, expert_Z)
-        dx_PI += _times_experts(rule, q_dy, w_EIO, 1, expert_Z, jnp.float32)
-        dy_Z = over_tokens(rule.in_blocks(rule.gradient_column, dy, expert_Z))
-        dw_EIO = expert_gradients(backend.multiply, x_Z, dy_Z, expert_Z, w_EIO.shape)
+        rows = backend.rows(dy, rule.gradient, 1, expert_Z)
+        weights = backend.weights(w_EIO, rule.weight, 1)
+        dx_PI += backend.times_experts(rows, weights, expert_Z, jnp.float32)
+        columns = backend.rows(dy, rule.gradient_column, 0, expert_Z)
+        dw_EIO = backend.expert_gradients(x, columns, expert_Z, w_EIO.shape[0])
         dws.append(dw_EIO.astype(w_EIO.dtype))
     return dx_PI.astype(dy_PO.dtype), tuple(dws), None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
-
-
-def _times_experts(
-    rule: Fp8Rule, x: Quantized, w_EIO: Array, axis: int, expert_Z: Array, dtype: DTypeLike
-) -> Array:
-    """[P, N] in `dtype`: each block of x [Z, b, .] times its expert's weight over its `axis`."""
-    backend = backend_of(rule.config)
-    x_Z = jax.vmap(lambda q: backend.prepare(q, 1))(x)
-    w_E = jax.vmap(lambda q: backend.prepare(q, axis))(rule.weight(w_EIO))
-    start_ZbN = jnp.zeros((*x.values.shape[:2], w_EIO.shape[2 - axis]), dtype)
-    return times_experts(backend.multiply, x_Z, w_E, expert_Z, start_ZbN)
 
 
 # --- recomputation from a cache ----------------------------------------------------------------

@@ -1,36 +1,120 @@
 """Products of quantised matrices: the three GEMMs' inner loop, once for each backend.
 
-A backend has two methods. `prepare(q, axis)` brings a quantised matrix into the form it multiplies,
-with `axis` (0 or 1) contracted; it is done once for a weight that meets many blocks of tokens.
-`multiply(a, b)` yields FP32 [M, N] from two prepared operands of M and N rows. Both work under
-`jax.vmap`, so a stack of matrices is prepared as one.
+A backend brings quantised matrices into the form it multiplies, contracted over `axis` 0 or 1, and
+multiplies two of them, of M and N rows after that, to [M, N]. What it is asked for:
+
+    operand, rows, weights      an array quantised by a `Recipe`, in that form: a matrix; experts'
+                                rows, in blocks; a stack of weights, or one
+    multiply                    rows times a weight, or Wgrad's two
+    times_experts               each block of rows times its expert's weight
+    expert_gradients            Wgrad for each expert
+
+An input that is quantised already along the contraction is used as it is; any other is read, and
+quantised anew. The base class does all of it with two methods, one matrix at a time: `prepare(q,
+axis)`, and `product(a, b)` in FP32. Both work under `jax.vmap`.
 
     Promoted      128 of the contraction at a time: an exact product, scaled, added in FP32. This is
                   §3.3.2 and Fig. 7b with N_C = 128 and an exact tensor core; any platform.
     Hopper        the same on an emulation of the tensor core that Hopper has; for studies.
     Dequantized   operands dequantised to BF16, one BF16 product: where FP8 saves memory but no
                   kernel multiplies it. Scales that are no powers of two cost a BF16 rounding.
+
+The fourth, `kernels.backend.Mosaic`, runs on Hopper's tensor cores.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
+from dsv3.numerics import fp8
 from dsv3.numerics.accumulate import hopper_product
-from dsv3.numerics.fp8 import GROUP, Quantized, dequantize, spread_to
+from dsv3.numerics.fp8 import GROUP, Group, Quantized, dequantize, spread_to
+from dsv3.numerics.rule import blocks, expert_gradients, times_experts
 
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
 
 
-class Backend(Protocol):
+class Recipe(NamedTuple):
+    """How an operand is quantised: the last arguments of `fp8.quantize`."""
+
+    group: Group
+    form: fp8.FormatName = "e4m3"
+    power_of_two: bool = False
+
+
+class Backend(ABC):
     """See the module docstring."""
 
-    def prepare(self, q: Quantized, axis: int) -> Any: ...
+    @abstractmethod
+    def prepare(self, q: Quantized, axis: int) -> Any:
+        """A quantised matrix in the form that `product` takes, contracted over `axis`."""
 
-    def multiply(self, a: Any, b: Any) -> Array: ...
+    @abstractmethod
+    def product(self, a: Any, b: Any) -> Array:
+        """FP32 [M, N] from two prepared operands of M and N rows."""
+
+    def quantize(self, x: Array, recipe: Recipe) -> Quantized:
+        return fp8.quantize(x, *recipe)
+
+    def operand(self, x: Array | Quantized, recipe: Recipe, axis: int) -> Any:
+        """A matrix."""
+        if not isinstance(x, Quantized) or axis == 0:
+            x = fp8.quantize(_read(x), *recipe)
+        return self.prepare(x, axis)
+
+    def rows(self, x: Array | Quantized, recipe: Recipe, axis: int, expert_Z: Array) -> Any:
+        """The rows of experts [P, .]."""
+        if isinstance(x, Quantized) and axis == 1:
+            q_Z = _cut(x, expert_Z)
+        else:
+            q_Z = in_blocks(_read(x), recipe, expert_Z)
+        return jax.vmap(lambda q: self.prepare(q, axis))(q_Z)
+
+    def weights(self, w: Array, recipe: Recipe, axis: int) -> Any:
+        """A weight [., .], or a stack of them."""
+        q = fp8.quantize(w, *recipe)
+        if w.ndim == 2:
+            return self.prepare(q, axis)
+        return jax.vmap(lambda q: self.prepare(q, axis))(q)
+
+    def multiply(self, a: Any, b: Any, dtype: DTypeLike = jnp.float32) -> Array:
+        return self.product(a, b).astype(dtype)
+
+    def times_experts(self, x: Any, w: Any, expert_Z: Array, dtype: DTypeLike) -> Array:
+        """[P, N] in `dtype` from `rows` over axis 1 and a stack of weights; zeros where unused."""
+
+        shape = jax.eval_shape(self.product, *jax.tree.map(lambda leaf: leaf[0], (x, w))).shape
+        start_ZbN = jnp.zeros((len(expert_Z), *shape), dtype)
+        return times_experts(self.product, x, w, expert_Z, start_ZbN)
+
+    def expert_gradients(self, x: Any, dy: Any, expert_Z: Array, experts: int) -> Array:
+        """FP32 [E, I, O] from `rows` over axis 0: each expert's blocks summed."""
+
+        shape = jax.eval_shape(self.product, *jax.tree.map(lambda leaf: leaf[0], (x, dy))).shape
+        return expert_gradients(self.product, x, dy, expert_Z, (experts, *shape))
+
+
+def in_blocks(x_PI: Array, recipe: Recipe, expert_Z: Array) -> Quantized:
+    """Rows quantised as [Z, b, I]: groups end with each block, but one for the tensor is for all."""
+    if recipe.group == fp8.TENSOR:
+        return _cut(fp8.quantize(x_PI, *recipe), expert_Z)
+    return fp8.quantize(blocks(x_PI, expert_Z), *recipe)
+
+
+def _cut(q: Quantized, expert_Z: Array) -> Quantized:
+    """Rows in tiles, or under one scale, as a stack of blocks."""
+    one = q.scales.shape == (1, 1)
+    stack = jnp.broadcast_to(q.scales, (len(expert_Z), 1, 1)) if one else blocks(q.scales, expert_Z)
+    return Quantized(blocks(q.values, expert_Z), stack)
+
+
+def _read(x: Array | Quantized) -> Array:
+    return dequantize(x) if isinstance(x, Quantized) else x
 
 
 class Blocks(NamedTuple):
@@ -41,7 +125,7 @@ class Blocks(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Promoted:
+class Promoted(Backend):
     """FP8 operands are exact in BF16, their products exact in FP32."""
 
     def prepare(self, q: Quantized, axis: int) -> Blocks:
@@ -54,15 +138,15 @@ class Promoted:
         scales_kM = spread_to(jnp.moveaxis(q.scales, axis, 0), 1, values_KM.shape[1])
         return Blocks(values_kMc, jnp.broadcast_to(scales_kM, values_kMc.shape[:2]))
 
-    def multiply(self, a: Blocks, b: Blocks) -> Array:
+    def product(self, a: Blocks, b: Blocks) -> Array:
         def add(total_MN, block):
             (a_Mc, sa_M), (b_Nc, sb_N) = block
-            return total_MN + self.product(a_Mc, b_Nc) * sa_M[:, None] * sb_N[None, :], None
+            return total_MN + self.unscaled(a_Mc, b_Nc) * sa_M[:, None] * sb_N[None, :], None
 
         start_MN = jnp.zeros((a.values_kMc.shape[1], b.values_kMc.shape[1]), jnp.float32)
         return lax.scan(add, start_MN, (a, b), unroll=min(4, a.values_kMc.shape[0]))[0]
 
-    def product(self, a_Mc: Array, b_Nc: Array) -> Array:
+    def unscaled(self, a_Mc: Array, b_Nc: Array) -> Array:
         a_Mc, b_Nc = a_Mc.astype(jnp.bfloat16), b_Nc.astype(jnp.bfloat16)
         return lax.dot_general(a_Mc, b_Nc, ROWS_BY_ROWS, preferred_element_type=jnp.float32)
 
@@ -77,13 +161,13 @@ class Hopper(Promoted):
 
     promote_every: int | None = GROUP
 
-    def multiply(self, a: Blocks, b: Blocks) -> Array:
+    def product(self, a: Blocks, b: Blocks) -> Array:
         if self.promote_every is not None and self.promote_every <= GROUP:
-            return super().multiply(a, b)
-        unscaled_MN = self.product(_uncut(a.values_kMc), _uncut(b.values_kMc))
+            return super().product(a, b)
+        unscaled_MN = self.unscaled(_uncut(a.values_kMc), _uncut(b.values_kMc))
         return unscaled_MN * a.scales_kM[0][:, None] * b.scales_kM[0][None, :]
 
-    def product(self, a_Mc: Array, b_Nc: Array) -> Array:
+    def unscaled(self, a_Mc: Array, b_Nc: Array) -> Array:
         return hopper_product(a_Mc, b_Nc, self.promote_every)
 
 
@@ -92,13 +176,13 @@ def _uncut(values_kMc: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Dequantized:
+class Dequantized(Backend):
     """One BF16 product, accumulated in FP32."""
 
     def prepare(self, q: Quantized, axis: int) -> Array:
         return jnp.moveaxis(dequantize(q, jnp.bfloat16), axis, 1)
 
-    def multiply(self, a: Array, b: Array) -> Array:
+    def product(self, a: Array, b: Array) -> Array:
         return lax.dot_general(a, b, ROWS_BY_ROWS, preferred_element_type=jnp.float32)
 
 

@@ -30,6 +30,7 @@ from jax import Array
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize
 from dsv3.numerics.fp8_dot import Fp8Rule
+from dsv3.numerics.products import in_blocks
 from dsv3.numerics.rule import PlainWire, Wire, blocks, ends_of
 
 OPERANDS = ("activation", "weight", "gradient", "activation_column", "gradient_column")
@@ -98,16 +99,14 @@ _watched.defvjp(_watched_forward, _watched_backward)
 def _report(rule: Watched, x_PI: Array, w_EIO: Array, dy_PO: Array, expert_Z: Array) -> Array:
     """The reports of all experts, in w's shape and dtype."""
 
-    def of_rows(original_P, quantizer, stored_P):
-        tally_ZT = _tally(
-            blocks(original_P, expert_Z), rule.in_blocks(quantizer, stored_P, expert_Z)
-        )
+    def of_rows(original_P, recipe, stored_P):
+        tally_ZT = _tally(blocks(original_P, expert_Z), in_blocks(stored_P, recipe, expert_Z))
         return _by_expert(tally_ZT, expert_Z, w_EIO.shape[0])
 
     tallies_EOT = jnp.stack(
         [
             of_rows(x_PI, rule.activation, x_PI),
-            _tally(w_EIO, rule.weight(w_EIO)),
+            _tally(w_EIO, fp8.quantize(w_EIO, *rule.weight)),
             of_rows(dy_PO, rule.gradient, dy_PO),
             of_rows(x_PI, rule.column, rule.read(rule.keep(x_PI))),
             of_rows(dy_PO, rule.gradient_column, rule.arrived(dy_PO)),

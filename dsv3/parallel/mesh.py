@@ -191,10 +191,16 @@ def on_this_platform(config: Config) -> Config:
 
     Runs are written down with the choice left open, so that they go on elsewhere as well.
     """
-    dot = placed(config.model.dot, platform())
+    dot = placed(config.model.dot, accelerator(), config.model.moe.block)
     return replace(config, model=replace(config.model, dot=dot))
 
 
 def platform() -> str:
     """'cpu', 'gpu' or 'tpu': what the default devices are."""
     return jax.default_backend()
+
+
+def accelerator() -> str:
+    """`platform()`, or 'hopper' for a GPU of compute capability 9.0, which has its own kernels."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    return "hopper" if platform() == "gpu" and capability == "9.0" else platform()

@@ -1,0 +1,162 @@
+"""Quantisation for the tensor cores in one pass: read once, written once, as products want it.
+
+A tile of 128 x 128 is read, its groups' largest magnitudes found in registers, divided, rounded and
+written, one CTA a tile; several share an SM and hide each other's copies. `fp8.quantize` is the
+oracle, equal bit for bit: XLA reads the input twice for 1x128 tiles, and needs four kernels where
+the result is transposed.
+
+The result always has the contraction last, as wgmma wants it, and scales have it first:
+
+    TILE     x [M, K] contracted over K    values [M, K]    scales [k, M]       activations
+    COLUMN   x [K, M] contracted over K    values [M, K]    scales [k, M]       operands of Wgrad
+    BLOCK    x [N, K] or, transposed, [K, N]    [N, K]             [k, n, 4]    weights
+
+so that COLUMN is TILE of the transpose, and turning a tile happens on its way to registers. FP8
+input (a cached activation) comes with its own scales, and is multiplied out in FP32 first.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from dsv3.numerics.fp8 import FORMATS, GROUP, FormatName, scales_of
+from dsv3.numerics.kernels.gemm import aligned, swizzle
+
+TMA_SCALES = 4  # copies of a block's scale: TMA moves 16 bytes at least
+ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+class Tiles(NamedTuple):
+    """[M, K] with a scale for each 128 of the contraction K; K padded to a multiple of 128."""
+
+    values_MK: Array
+    scales_kM: Array  # M padded to a multiple of 4
+
+
+class Squares(NamedTuple):
+    """A stack of [N, K] with a scale for each 128 x 128, stored four times; K padded to 128."""
+
+    values_ENK: Array
+    scales_Ekn4: Array
+
+
+def tiles(
+    x: Array, transposed: bool, form: FormatName = "e4m3", power_of_two: bool = False,
+    scales: Array | None = None,
+) -> Tiles:  # fmt: skip
+    """x [M, K], or [K, M] if `transposed`, in groups of 128 along K.
+
+    x is BF16 or FP32; or FP8 with the FP32 `scales` of its tiles, [last dimension / 128, first].
+    """
+    [values_MK], [scales_kM] = _quantized(x[None], scales, transposed, False, form, power_of_two)
+    return Tiles(values_MK, scales_kM)
+
+
+def squares(
+    w_E: Array, transposed: bool, form: FormatName = "e4m3", power_of_two: bool = False
+) -> Squares:
+    """w [E, N, K], or [E, K, N] if `transposed`, BF16 or FP32, in blocks of 128 x 128."""
+    return Squares(*_quantized(w_E, None, transposed, True, form, power_of_two))
+
+
+def _quantized(x, scales, transposed: bool, square: bool, form: FormatName, powers: bool):
+    _require(x, scales, transposed)
+    E, M, K = x.shape[0], *(x.shape[:0:-1] if transposed else x.shape[1:])
+    x = aligned(x)
+    k, m = -(-K // GROUP), -(-M // GROUP)
+    shape = (E, k, m, TMA_SCALES) if square else (E, k, -(-M // 4) * 4)
+    out = (
+        jax.ShapeDtypeStruct((E, -(-M // 8) * 8, k * GROUP), FORMATS[form]),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
+    tile, inputs = (GROUP, GROUP), (x,) if scales is None else (x, scales)
+    scratch = {
+        "x": plgpu.SMEM(tile, x.dtype, transforms=swizzle(GROUP, x.dtype)),
+        "out": plgpu.SMEM(tile, FORMATS[form], transforms=swizzle(GROUP, FORMATS[form])),
+        "out_scales": plgpu.SMEM((GROUP,), jnp.float32),
+        "arrived": plgpu.Barrier(num_arrivals=len(inputs)),
+    }
+    if scales is not None:
+        scratch["x_scales"] = plgpu.SMEM((GROUP,), jnp.float32)
+        scratch["turned"] = plgpu.SMEM(tile, jnp.float16, transforms=swizzle(GROUP, jnp.float16))
+    limit = float(jnp.finfo(FORMATS[form]).max)
+
+    def kernel(*refs, **scratch):
+        values, groups = refs[-2:]
+        e, across, down = (lax.axis_index(name) for name in ("matrix", "across", "down"))
+        here = (pl.ds(down * GROUP, GROUP), pl.ds(across * GROUP, GROUP))
+        there = here[::-1] if transposed else here
+        _fetch(refs[:-2], e, there, scratch)
+        y = _loaded(scratch, transposed)
+        largest = jnp.max(jnp.abs(y), axis=1)
+        if square:
+            largest = plgpu.layout_cast(jnp.full((GROUP,), jnp.max(largest)), ROW)
+        scale = scales_of(largest, limit, powers)
+        scaled = y / lax.broadcast_in_dim(scale, y.shape, [0])
+        scratch["out"][...] = jnp.clip(scaled, -limit, limit).astype(FORMATS[form])
+        scratch["out_scales"][...] = scale
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch["out"], values.at[e].at[here])
+        if square:
+            copies = scratch["out_scales"].at[pl.ds(0, TMA_SCALES)]
+            plgpu.copy_smem_to_gmem(copies, groups.at[e, across, down])
+        else:
+            plgpu.copy_smem_to_gmem(scratch["out_scales"], groups.at[e, across, here[0]])
+        plgpu.wait_smem_to_gmem(0)
+
+    values, groups = plgpu.kernel(
+        kernel, out_type=out, grid=(E, k, m), grid_names=("matrix", "across", "down"),
+        scratch_types=scratch, kernel_name="fp8_quantize",
+    )(*inputs)  # fmt: skip
+    return values[:, :M], groups
+
+
+def _fetch(inputs, e, window, scratch) -> None:
+    """Bring the tile to shared memory, and its scales where it has some."""
+    plgpu.copy_gmem_to_smem(inputs[0].at[e].at[window], scratch["x"], scratch["arrived"])
+    if len(inputs) == 2:
+        tile = lax.div(window[1].start, GROUP)
+        plgpu.copy_gmem_to_smem(
+            inputs[1].at[tile, window[0]], scratch["x_scales"], scratch["arrived"]
+        )
+    plgpu.barrier_wait(scratch["arrived"])
+
+
+def _loaded(scratch, transposed: bool) -> Array:
+    """The tile in FP32 registers, the contraction along its second dimension."""
+    x = scratch["x"]
+    if "x_scales" in scratch:  # FP8 is exact in FP16, which can be turned
+        scratch["turned"][...] = plgpu.load(x, layout=plgpu.Layout.WGMMA).astype(jnp.float16)
+        plgpu.commit_smem()
+        x = scratch["turned"]
+    if not transposed:
+        y = plgpu.load(x, layout=plgpu.Layout.WGMMA)
+    elif x.dtype.itemsize == 2:
+        turned = plgpu.load(x.transpose((1, 0)), layout=plgpu.Layout.WGMMA_TRANSPOSED)
+        y = plgpu.layout_cast(turned, plgpu.Layout.WGMMA)
+    else:  # no fast way for 32 bits: bank conflicts
+        y = plgpu.load(x.transpose((1, 0)), layout=plgpu.Layout.WGMMA, optimized=False)
+    y = y.astype(jnp.float32)
+    if "x_scales" in scratch:
+        axis = 1 if transposed else 0
+        scale = plgpu.load(scratch["x_scales"], layout=COLUMN if transposed else ROW)
+        y *= lax.broadcast_in_dim(scale, y.shape, [axis])
+    return y
+
+
+def _require(x: Array, scales: Array | None, transposed: bool) -> None:
+    if x.dtype in FORMATS.values():
+        rows, columns = x.shape[1:]
+        if scales is None:
+            raise ValueError(f"x is {x.dtype}: it needs the scales of its tiles")
+        if scales.shape[0] != -(-columns // GROUP) or scales.shape[1] < rows:
+            raise ValueError(
+                f"scales are {scales.shape}, x {x.shape[1:]} wants "
+                f"[{-(-columns // GROUP)}, at least {rows}]"
+            )
+    elif scales is not None or x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"x is {x.dtype}, not bfloat16 or float32, nor float8 with scales")

@@ -1,0 +1,102 @@
+"""The dot rules with kernels behind them against the rules without."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3.config import Bf16Dot, Fp8Dot, HopperAccumulator
+from dsv3.errors import ConfigError
+from dsv3.numerics.dot import build, placed
+
+EXPERTS = 2
+EXPERT_Z = jnp.array([1, EXPERTS], jnp.int32)
+
+
+def random(seed, *shape, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def results(rule, x, ws, dy, expert_Z=None):
+    """The product, and the gradients of x and of the weights."""
+
+    def product(x, *ws):
+        if expert_Z is not None:
+            return rule.grouped(x, ws, expert_Z)
+        return jnp.concatenate(rule.last_axis(x, *ws), axis=-1)
+
+    y, vjp = jax.vjp(product, x, *ws)
+    return y, *vjp(dy)
+
+
+def agree(mine, theirs):
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        # A tie of FP8 rounding may fall either way; the results are BF16.
+        assert np.linalg.norm(a - b) <= 2**-8 * np.linalg.norm(b)
+
+
+FINE = Fp8Dot(scales="power_of_two")
+ABLATIONS = {
+    "fine": FINE,
+    "blocks": dataclasses.replace(FINE, gradient_groups="block", gradient_format="e5m2"),
+}
+
+
+@pytest.mark.parametrize("config", ABLATIONS.values(), ids=ABLATIONS)
+def test_the_dense_rule_with_kernels_is_the_rule(interpret, config):
+    x, ws, dy = random(0, 36, 72), [random(1, 72, 40)], random(3, 36, 40)
+    with interpret():
+        mine = results(build(dataclasses.replace(config, backend="mosaic")), x, ws, dy)
+    agree(mine, results(build(config), x, ws, dy))
+
+
+@pytest.mark.parametrize("config", [FINE, Bf16Dot()], ids=["fp8", "bf16"])
+def test_the_grouped_rules_with_kernels_are_the_rules(interpret, config):
+    x, dy = random(0, 256, 72), random(3, 256, 60)
+    ws = random(1, EXPERTS, 72, 40), random(2, EXPERTS, 72, 20)
+    with interpret():
+        rule = build(dataclasses.replace(config, backend="mosaic"))
+        mine = results(rule, x, ws, dy, EXPERT_Z)
+    agree(mine, results(build(config), x, ws, dy, EXPERT_Z))
+
+
+def test_a_function_is_computed_again_from_kept_tiles_of_any_rank(interpret):
+    x, dy = random(0, 3, 12, 72), random(1, 3, 12, 72)
+    with interpret():
+        mosaic = build(dataclasses.replace(FINE, backend="mosaic"))
+        y, vjp = jax.vjp(mosaic.from_cache(jax.nn.silu), x)
+        mine = y, *vjp(dy)
+    y, vjp = jax.vjp(build(FINE).from_cache(jax.nn.silu), x)
+    agree(mine, (y, *vjp(dy)))
+
+
+def test_fp32_rows_stay_with_the_loop():
+    shapes = [(256, 8), (256, 8), (EXPERTS, 8, 8)]
+    x, dy, w = (random(i, *shape, dtype=jnp.float32) for i, shape in enumerate(shapes))
+    mine = results(build(Bf16Dot(backend="mosaic")), x, [w], dy, EXPERT_Z)
+    for a, b in zip(mine, results(build(Bf16Dot()), x, [w], dy, EXPERT_Z), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_hopper_takes_the_kernels_where_they_fit():
+    assert placed(Fp8Dot(), "hopper").backend == "mosaic"
+    assert placed(Bf16Dot(), "hopper").backend == "mosaic"
+    assert placed(Bf16Dot(), "gpu").backend == placed(Bf16Dot(), "cpu").backend == "xla"
+    assert placed(Fp8Dot(), "hopper", block=64).backend == "dequant"
+    assert placed(Fp8Dot(accumulator=HopperAccumulator()), "hopper").backend == "reference"
+    assert placed(Fp8Dot(backend="dequant"), "hopper").backend == "dequant"
+
+
+@pytest.mark.parametrize(("platform", "block"), [("gpu", 128), ("cpu", 128), ("hopper", 96)])
+def test_kernels_that_cannot_run_are_refused_by_name(platform, block):
+    with pytest.raises(ConfigError, match=r"model\.dot\.backend = 'mosaic' needs"):
+        placed(Fp8Dot(backend="mosaic"), platform, block)
+
+
+def test_an_emulated_accumulator_has_no_kernel():
+    with pytest.raises(ConfigError, match=r"does not multiply by model\.dot\.accumulator"):
+        Fp8Dot(backend="mosaic", accumulator=HopperAccumulator())

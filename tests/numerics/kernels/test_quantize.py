@@ -1,0 +1,73 @@
+"""One-pass quantisation in interpret mode, bit for bit as `fp8.quantize` has it.
+
+Scales are powers of two where bits are compared: divided by any other, XLA may multiply by the
+reciprocal, which rounds a tie to the other side.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3.numerics import fp8
+from dsv3.numerics.fp8 import BLOCK, COLUMN, TILE, dequantize
+from dsv3.numerics.kernels.gemm import round_up
+from dsv3.numerics.kernels.quantize import squares, tiles
+
+ROWS, COLUMNS = 132, 136  # one tile and a bit, both ways
+
+
+def x_of(dtype=jnp.float32):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(ROWS, COLUMNS)) * np.exp(draw.normal(size=(ROWS, 1)))
+    return jnp.asarray(x, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
+def test_tiles_and_squares_are_the_quantisers_bit_for_bit(interpret, dtype, transposed):
+    x = x_of(dtype)
+    with interpret():
+        mine = tiles(x, transposed, "e5m2", True)
+        square = squares(x[None], transposed, "e4m3", True)
+    wanted = fp8.quantize(x, COLUMN if transposed else TILE, "e5m2", True)
+    blocks = fp8.quantize(x, BLOCK, "e4m3", True)
+    values, scales, block_values, block_scales = (
+        leaf.T if transposed else leaf for leaf in (*wanted, *blocks)
+    )
+    M, K = values.shape
+    np.testing.assert_array_equal(mine.values_MK[:, :K], values)
+    np.testing.assert_array_equal(mine.scales_kM[:, :M], scales.T)
+    np.testing.assert_array_equal(square.values_ENK[0, :, :K], block_values)
+    np.testing.assert_array_equal(square.scales_Ekn4[0, ..., 3], block_scales.T)
+
+
+def test_a_cached_activation_is_grouped_anew(interpret):
+    cached = fp8.quantize(x_of(), TILE)
+    with interpret():
+        mine = tiles(cached.values, True, "e4m3", True, round_up(cached.scales.T, 1, 4))
+    wanted = fp8.quantize(dequantize(cached), COLUMN, "e4m3", True)
+    np.testing.assert_array_equal(mine.values_MK[:, :ROWS], wanted.values.T)
+    np.testing.assert_array_equal(mine.scales_kM[:, :COLUMNS], wanted.scales)
+
+
+def test_nan_infinity_zeros_and_denormals(interpret):
+    x = x_of().at[3, 5].set(jnp.nan).at[7, 130].set(jnp.inf).at[0].set(0.0).at[1].mul(1e-38)
+    with interpret():
+        mine = tiles(x, False)
+    again = fp8.Quantized(mine.values_MK[:, :COLUMNS], mine.scales_kM[:, :ROWS].T)
+    np.testing.assert_array_equal(dequantize(again), dequantize(fp8.quantize(x, TILE)))
+    assert np.isnan(dequantize(again)[3, 5]) and np.isnan(dequantize(again)[7, 130])
+
+
+@pytest.mark.parametrize(
+    ("x", "scales", "says"),
+    [
+        (jnp.zeros((4, 128), jnp.float16), None, "x is float16"),
+        (jnp.zeros((4, 128), jnp.float8_e4m3fn), None, "needs the scales"),
+        (jnp.zeros((4, 256), jnp.float8_e4m3fn), jnp.ones((1, 4)), r"wants \[2, at least 4\]"),
+        (jnp.zeros((4, 128)), jnp.ones((1, 4)), "x is float32"),
+    ],
+)
+def test_other_inputs_are_refused(x, scales, says):
+    with pytest.raises(ValueError, match=says):
+        tiles(x, False, scales=scales)
