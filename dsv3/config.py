@@ -184,8 +184,7 @@ class Fp8Dot(Section):
             self.require(self.backend not in ("dequant", "mosaic"), "backend",
                          "does not multiply by model.dot.accumulator = 'hopper'")  # fmt: skip
             every = self.accumulator.promote_every
-            inside = every is not None and every <= 128 and 128 % every == 0
-            self.require(self.groups == "tensor" or inside, "groups",
+            self.require(self.groups == "tensor" or every in (32, 64, 128), "groups",
                          "needs model.dot.accumulator.promote_every = 32, 64 or 128: scales are "
                          f"applied at each promotion, not every {every}")  # fmt: skip
 

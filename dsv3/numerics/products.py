@@ -88,19 +88,19 @@ class Backend(ABC):
     def times_experts(self, x: Any, w: Any, expert_Z: Array, dtype: DTypeLike) -> Array:
         """[P, N] in `dtype` from `rows` over axis 1 and a stack of weights; zeros where unused."""
 
-        shape = jax.eval_shape(self.product, *jax.tree.map(lambda leaf: leaf[0], (x, w))).shape
+        shape = jax.eval_shape(self.product, *_first(x, w)).shape
         start_ZbN = jnp.zeros((len(expert_Z), *shape), dtype)
         return times_experts(self.product, x, w, expert_Z, start_ZbN)
 
     def expert_gradients(self, x: Any, dy: Any, expert_Z: Array, experts: int) -> Array:
         """FP32 [E, I, O] from `rows` over axis 0: each expert's blocks summed."""
 
-        shape = jax.eval_shape(self.product, *jax.tree.map(lambda leaf: leaf[0], (x, dy))).shape
+        shape = jax.eval_shape(self.product, *_first(x, dy)).shape
         return expert_gradients(self.product, x, dy, expert_Z, (experts, *shape))
 
 
 def in_blocks(x_PI: Array, recipe: Recipe, expert_Z: Array) -> Quantized:
-    """Rows quantised as [Z, b, I]: groups end with each block, but one for the tensor is for all."""
+    """Rows quantised as [Z, b, I]: groups end with each block; one for the tensor serves all."""
     if recipe.group == fp8.TENSOR:
         return _cut(fp8.quantize(x_PI, *recipe), expert_Z)
     return fp8.quantize(blocks(x_PI, expert_Z), *recipe)
@@ -111,6 +111,10 @@ def _cut(q: Quantized, expert_Z: Array) -> Quantized:
     one = q.scales.shape == (1, 1)
     stack = jnp.broadcast_to(q.scales, (len(expert_Z), 1, 1)) if one else blocks(q.scales, expert_Z)
     return Quantized(blocks(q.values, expert_Z), stack)
+
+
+def _first(*stacks: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], stacks)
 
 
 def _read(x: Array | Quantized) -> Array:
