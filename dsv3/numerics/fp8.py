@@ -15,10 +15,11 @@ range is no issue and the mantissa bit is worth more than E5M2's exponent. A sca
 to a power of two (UE8M0), which makes re-grouping a mere shift of exponents (§3.3.3).
 
 Traps, each tested: casting to E4M3 does not saturate, so values are clipped first. XLA turns
-x / constant into x · (1 / constant), which rounds differently. A scale is at least 2^-100: zeros
-stay zeros, and FP32 denormals, which some platforms flush, vanish on every platform. (DeepSeek's
-kernels clamp max|x| at 1e-4 instead, which would erase the small gradients of a mean loss.) NaN and
-infinity become NaN: they must reach the guard, never pass for a number.
+x / s into x · (1 / s) where s is a constant or stands for many x, which rounds differently: of BF16
+numbers one in a thousand gets another byte. A scale is at least 2^-100: zeros stay zeros, and FP32
+denormals, which some platforms flush, vanish on every platform. (DeepSeek's kernels clamp max|x| at
+1e-4 instead, which would erase the small gradients of a mean loss.) NaN and infinity become NaN:
+they must reach the guard, never pass for a number.
 """
 
 from typing import Literal, NamedTuple
@@ -55,7 +56,9 @@ def quantize(
     x = x.astype(jnp.float32)
     cut = in_groups(x, group)
     scales = scales_of(jnp.max(jnp.abs(cut), axis=(-3, -1)), limit, power_of_two)
-    scaled = jnp.clip(cut / scales[..., :, None, :, None], -limit, limit)
+    # The `where` keeps XLA from seeing one divisor for many numbers, see above.
+    divisor = jnp.where(jnp.isnan(cut), 1.0, scales[..., :, None, :, None])
+    scaled = jnp.clip(cut / divisor, -limit, limit)
     return Quantized(_joined(scaled.astype(FORMATS[form]), x.shape), scales)
 
 

@@ -64,6 +64,14 @@ def test_random_tiles(group, form, powers):
         check(spread(decades, decades), group, form, powers)
 
 
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+def test_ties_of_bf16_numbers_are_divided_exactly(group):
+    """Short mantissas meet the middle between two FP8 numbers: a product with 1 / s, rounded
+    twice, puts some of them on the wrong side."""
+    x = spread(2, 0).astype(ml_dtypes.bfloat16).astype(np.float32)
+    check(x, group)
+
+
 FLOATS = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=False),
     st.sampled_from([0.0, -0.0, 448.0, 464.0, 1e-45, 1e-38, 2.0**-109, 3.4e38, 1e-4, 57344.0]),

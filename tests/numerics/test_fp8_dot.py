@@ -100,9 +100,10 @@ def test_a_compiled_scan_over_maps_keeps_a_byte_an_element():
     def kept(rule):
         return (temporary(rule, 16) - temporary(rule, 8)) / 8 / rows
 
-    assert kept(PlainDot()) == 2 * width
-    assert kept(RULE) == width + width // 128 * 4
-    assert kept(RULE.after_attention) == width * 3 / 2 + width // 128 * 4
+    # Within a hundredth: how XLA packs what lives inside a map changes a little with the depth.
+    assert kept(PlainDot()) == pytest.approx(2 * width, rel=0.01)
+    assert kept(RULE) == pytest.approx(width + width // 128 * 4, rel=0.01)
+    assert kept(RULE.after_attention) == pytest.approx(width * 3 / 2 + width // 128 * 4, rel=0.01)
 
 
 def test_products_of_one_input_keep_it_once():
