@@ -16,6 +16,8 @@ os.environ.setdefault(
 
 import hypothesis
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -24,3 +26,13 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("long", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("short")  # --hypothesis-profile=long overrides it
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache_is_left_behind():
+    """train.py and eval.py, called in a test, switch on theirs for the process. XLA:CPU was seen to
+    crash on writing an executable to it, late in a process that had compiled hundreds."""
+    yield
+    if jax.config.jax_compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()

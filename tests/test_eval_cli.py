@@ -64,7 +64,6 @@ def workdir(tmp_path_factory):
 def run(capsys, workdir):
     """run(command, *arguments) -> (exit code, stdout, stderr); keeps its caches to itself."""
     evaluate = importlib.import_module("eval").main
-    before = jax.config.jax_compilation_cache_dir
 
     def run(*arguments):
         code = 0
@@ -75,8 +74,7 @@ def run(capsys, workdir):
             code = end.code
         return code, *capsys.readouterr()
 
-    yield run
-    jax.config.update("jax_compilation_cache_dir", before)
+    return run
 
 
 def test_bpb_beside_a_compressor(run, workdir):
