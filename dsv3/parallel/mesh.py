@@ -5,7 +5,8 @@ from any others that it is handed, virtual ones for instance. A parameter, its m
 average lie alike: matrices are cut over every axis of the mesh (ZeRO), routed experts first by
 expert over the expert axes. Each axis goes to one of a matrix's two dimensions, the one that is
 cut already if it divides it, else the longer one that it divides; to none, if it divides neither,
-and then that axis holds copies. Gains and router biases are everywhere.
+and then that axis holds copies. Matrices of few numbers, gains and router biases are everywhere:
+gathering them would cost more than it saves.
 
 What is rarely read and large, the average of the parameters, lives in host memory (§3.2.3).
 """
@@ -28,6 +29,7 @@ from dsv3.parallel.processes import compiled_together
 from dsv3.parallel.shard import Place, Shard, path_of
 
 AXES = Sizes._fields
+WHOLE_BELOW = 2**16  # numbers; a smaller matrix is not cut
 DATA = ("replica", "node", "local")  # the axes over which a batch is cut
 EXPERTS = ("node", "local")  # ... and routed experts
 
@@ -87,7 +89,8 @@ def place_of(config: Config, sizes: Sizes, name: str, shape: tuple[int, ...]) ->
         owned = tuple(axis for axis in axes if axis in EXPERTS)
     cuts: dict[int, tuple[str, ...]] = {}
     rest = []
-    left = {dimension: shape[dimension] for dimension in (-1, -2)} if rule.matrix else {}
+    cut = rule.matrix and (rule.by_expert or math.prod(shape[-2:]) >= WHOLE_BELOW)
+    left = {dimension: shape[dimension] for dimension in (-1, -2)} if cut else {}
     for axis in (axis for axis in axes if axis not in owned):
         size = getattr(sizes, axis)
         fitting = [dimension for dimension, length in left.items() if length % size == 0]

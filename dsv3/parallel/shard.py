@@ -37,25 +37,39 @@ class Place(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gathered(place: Place, cut: Array) -> Array:
-    """The whole parameter of a device's cut; gradients are summed over the mesh and cut again."""
+def gathered(places: tuple[Place, ...], cuts: list[Array]) -> list[Array]:
+    """Whole parameters of a device's cuts; gradients are summed over the mesh and cut again."""
+    return [_gathered(place, cut) for place, cut in zip(places, cuts, strict=True)]
+
+
+def _gathered(place: Place, cut: Array) -> Array:
     whole = cut.astype(place.wire) if place.cuts else cut
     for dimension, axes in place.cuts:
         whole = lax.all_gather(whole, axes, axis=dimension % cut.ndim, tiled=True)
     return whole.astype(cut.dtype)
 
 
-def _summed(place: Place, gradient: Array) -> Array:
+def _scattered(place: Place, gradient: Array) -> Array:
     for dimension, axes in place.cuts:
         gradient = lax.psum_scatter(
             gradient, axes, scatter_dimension=dimension % gradient.ndim, tiled=True
         )
-    return lax.psum(gradient, place.rest) if place.rest else gradient
+    return gradient
+
+
+def _summed(places: tuple[Place, ...], gradients: list[Array]) -> list[Array]:
+    """Scattered over their cuts; over axes that hold copies, all in one sum."""
+    summed = [_scattered(place, g) for place, g in zip(places, gradients, strict=True)]
+    for axes in {place.rest for place in places if place.rest}:
+        alike = [i for i, place in enumerate(places) if place.rest == axes]
+        for i, gradient in zip(alike, lax.psum([summed[i] for i in alike], axes), strict=True):
+            summed[i] = gradient
+    return summed
 
 
 gathered.defvjp(
-    lambda place, cut: (gathered(place, cut), None),
-    lambda place, _, gradient: (_summed(place, gradient),),
+    lambda places, cuts: (gathered(places, cuts), None),
+    lambda places, _, gradients: (_summed(places, gradients),),
 )
 
 STACKS = ("dense.", "moe.")  # parameters that `lax.scan` walks over, layer by layer
@@ -75,7 +89,9 @@ class Shard:
 
     def params(self, cuts):
         """All parameters whole, but for stacks that are gathered by layer."""
-        return self._gathered(cuts, "", skip=STACKS if self.by_layer else ())
+        return (
+            self._gathered(cuts, "", skip=STACKS if self.by_layer else ()) if self.places else cuts
+        )
 
     def layer(self, stack: str, block):
         """One block of the stack `stack`, whole."""
@@ -83,13 +99,14 @@ class Shard:
 
     def _gathered(self, tree, prefix: str, skip: tuple[str, ...]):
         places = dict(self.places)
-
-        def one(path, leaf):
-            name = prefix + path_of(path)
-            here = name in places and not name.startswith(skip or "\0")
-            return gathered(places[name], leaf) if here else leaf
-
-        return jax.tree_util.tree_map_with_path(one, tree) if places else tree
+        flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+        names = [prefix + path_of(path) for path, _ in flat]
+        leaves = [leaf for _, leaf in flat]
+        here = [i for i, name in enumerate(names) if name in places and not name.startswith(skip)]
+        whole = gathered(tuple(places[names[i]] for i in here), [leaves[i] for i in here])
+        for i, leaf in zip(here, whole, strict=True):
+            leaves[i] = leaf
+        return structure.unflatten(leaves)
 
     def experts(self, dot, work, weights, u_XD: Array, experts_XK: Array, gates_XK: Array) -> Array:
         """`work` on the rows of every expert, wherever it lives; see `exchange`."""
