@@ -22,7 +22,7 @@ Memory. No routing drops a row, so buffers hold the worst case unless `expert_ro
 hop over n ranks receives at most n · X rows from X tokens each; experts then have min(K, experts
 on the device) rows for each. With the report's sequence of 4096 tokens a device, 64 ranks of 4
 experts: 32,768 rows after the first hop, 262,144 after the second, 1,048,576 expert rows of 14 KiB
-in BF16, 15 GiB for each such array, where an even load fills 32,768 rows, 0.44 GiB. Hence
+in BF16, 14 GiB for each such array, where an even load fills 32,768 rows, 0.44 GiB. Hence
 `expert_rows` = c: a device takes at most c times its even share, X · K rows, in a pass; what
 is more waits for a second, third, ... pass, which all ranks make together and only when some rank
 needs it. The first pass is ordinary code that keeps what its backward pass wants; later ones keep
