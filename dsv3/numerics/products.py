@@ -22,6 +22,7 @@ axis)`, and `product(a, b)` in FP32. Both work under `jax.vmap`.
 The fourth, `kernels.backend.Mosaic`, runs on Hopper's tensor cores.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from jax.typing import DTypeLike
 from dsv3.numerics import fp8
 from dsv3.numerics.accumulate import hopper_product
 from dsv3.numerics.fp8 import GROUP, Group, Quantized, dequantize, spread_to
+from dsv3.numerics.rows import contract_rows
 from dsv3.numerics.rule import blocks, expert_gradients, times_experts
 
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
@@ -121,11 +123,22 @@ def _read(x: Array | Quantized) -> Array:
     return dequantize(x) if isinstance(x, Quantized) else x
 
 
-class Blocks(NamedTuple):
-    """A matrix cut along its contraction into k blocks of 128, or one, the last padded."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scales_kM"),
+    meta_fields=("axis",),
+)
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix cut along its contraction into k blocks of 128, or one, the last padded.
 
-    values_kMc: Array
+    `axis` is that of the contraction in a block: `values` are [k, c, M] for 0, [k, M, c] for 1, as
+    they lay in the matrix. Turning FP8 on a CPU costs as much as its product.
+    """
+
+    values: Array
     scales_kM: Array
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -133,26 +146,34 @@ class Promoted(Backend):
     """FP8 operands are exact in BF16, their products exact in FP32."""
 
     def prepare(self, q: Quantized, axis: int) -> Blocks:
-        values_KM = jnp.moveaxis(q.values, axis, 0)
-        size = min(GROUP, values_KM.shape[0])
-        padding = -values_KM.shape[0] % size
-        if padding:
-            values_KM = jnp.pad(values_KM, ((0, padding), (0, 0)))
-        values_kMc = values_KM.reshape(-1, size, values_KM.shape[1]).swapaxes(1, 2)
-        scales_kM = spread_to(jnp.moveaxis(q.scales, axis, 0), 1, values_KM.shape[1])
-        return Blocks(values_kMc, jnp.broadcast_to(scales_kM, values_kMc.shape[:2]))
+        length, other = q.values.shape[axis], q.values.shape[1 - axis]
+        size = min(GROUP, length)
+        padding = [(0, -length % size if i == axis else 0) for i in range(2)]
+        values = jnp.pad(q.values, padding) if length % size else q.values
+        if axis == 0:
+            values = values.reshape(-1, size, other)
+        else:
+            values = values.reshape(other, -1, size).swapaxes(0, 1)
+        scales_kM = spread_to(jnp.moveaxis(q.scales, axis, 0), 1, other)
+        return Blocks(values, jnp.broadcast_to(scales_kM, (len(values), other)), axis)
 
     def product(self, a: Blocks, b: Blocks) -> Array:
         def add(total_MN, block):
-            (a_Mc, sa_M), (b_Nc, sb_N) = block
-            return total_MN + self.unscaled(a_Mc, b_Nc) * sa_M[:, None] * sb_N[None, :], None
+            a, b = block
+            return total_MN + self.unscaled(a, b) * a.scales_kM[:, None] * b.scales_kM[
+                None, :
+            ], None
 
-        start_MN = jnp.zeros((a.values_kMc.shape[1], b.values_kMc.shape[1]), jnp.float32)
-        return lax.scan(add, start_MN, (a, b), unroll=min(4, a.values_kMc.shape[0]))[0]
+        start_MN = jnp.zeros((a.scales_kM.shape[1], b.scales_kM.shape[1]), jnp.float32)
+        return lax.scan(add, start_MN, (a, b), unroll=min(4, len(a.values)))[0]
 
-    def unscaled(self, a_Mc: Array, b_Nc: Array) -> Array:
-        a_Mc, b_Nc = a_Mc.astype(jnp.bfloat16), b_Nc.astype(jnp.bfloat16)
-        return lax.dot_general(a_Mc, b_Nc, ROWS_BY_ROWS, preferred_element_type=jnp.float32)
+    def unscaled(self, a: Blocks, b: Blocks) -> Array:
+        """The product of one block of each."""
+        a_, b_ = a.values.astype(jnp.bfloat16), b.values.astype(jnp.bfloat16)
+        if a.axis == b.axis == 0:
+            return contract_rows(a_, b_)
+        dims = (((a.axis,), (b.axis,)), ((), ()))
+        return lax.dot_general(a_, b_, dims, preferred_element_type=jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -168,14 +189,16 @@ class Hopper(Promoted):
     def product(self, a: Blocks, b: Blocks) -> Array:
         if self.promote_every is not None and self.promote_every <= GROUP:
             return super().product(a, b)
-        unscaled_MN = self.unscaled(_uncut(a.values_kMc), _uncut(b.values_kMc))
+        unscaled_MN = hopper_product(_uncut(a), _uncut(b), self.promote_every)
         return unscaled_MN * a.scales_kM[0][:, None] * b.scales_kM[0][None, :]
 
-    def unscaled(self, a_Mc: Array, b_Nc: Array) -> Array:
+    def unscaled(self, a: Blocks, b: Blocks) -> Array:
+        a_Mc, b_Nc = (x.values if x.axis == 1 else x.values.T for x in (a, b))
         return hopper_product(a_Mc, b_Nc, self.promote_every)
 
 
-def _uncut(values_kMc: Array) -> Array:
+def _uncut(x: Blocks) -> Array:
+    values_kMc = x.values if x.axis == 1 else x.values.swapaxes(1, 2)
     return values_kMc.swapaxes(0, 1).reshape(values_kMc.shape[1], -1)
 
 

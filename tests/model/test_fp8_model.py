@@ -25,25 +25,32 @@ def fp8_model(small, **values) -> Model:
     return dataclasses.replace(small, dot=Fp8Dot(**values))
 
 
-def dots(jaxpr):
-    """Every dot_general at any depth, and whether both its operands come straight from FP8."""
-    made = {}
+def dots(jaxpr, made=None):
+    """Every dot_general at any depth, and whether both its operands come straight from FP8.
+
+    Of the branches of `platform_dependent`, which multiply alike, the last is looked at.
+    """
+    made = dict(made or {})
     for equation in jaxpr.eqns:
         for out in equation.outvars:
             made[out] = equation
         if equation.primitive.name == "dot_general":
-            sources = [made.get(v) for v in equation.invars]
-            converted = [
-                s is not None
-                and s.primitive.name == "convert_element_type"
-                and s.invars[0].aval.dtype.name in FP8
-                for s in sources
-            ]
-            yield equation, all(converted)
+            yield equation, all(_from_fp8(made.get(v)) for v in equation.invars)
+        if equation.primitive.name == "cond":
+            branch = equation.params["branches"][-1].jaxpr
+            passed = zip(branch.invars, equation.invars[1:], strict=True)
+            yield from dots(branch, {inner: made.get(outer) for inner, outer in passed})
+            continue
         for value in jax.tree.leaves(list(equation.params.values())):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from dots(inner)
+
+
+def _from_fp8(made) -> bool:
+    """Whether an array was made by converting FP8."""
+    converts = made is not None and made.primitive.name == "convert_element_type"
+    return converts and made.invars[0].aval.dtype.name in FP8
 
 
 @pytest.mark.parametrize(("routed", "linear_maps"), [(False, 8), (True, 5 + 3 + 3)])

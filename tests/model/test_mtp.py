@@ -1,7 +1,6 @@
 """Multi-token prediction: what each depth may see, and that its tail is masked everywhere."""
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -47,14 +46,7 @@ def test_valid_positions_have_a_valid_token_ahead():
 
 def test_the_projection_is_equation_21_embedding_first(model, small):
     module, h_BTD, ahead_BTD = model.mtp[0], random(0, 1, T, 16), random(1, 1, T, 16)
-    without_block: Any = SimpleNamespace(
-        embedding_norm=module.embedding_norm,
-        hidden_norm=module.hidden_norm,
-        project=module.project,
-        block=lambda joint_BTD, *_: joint_BTD,
-    )
-    unused: Any = None
-    joint_BTD = MtpModule.__call__(without_block, h_BTD, ahead_BTD, unused, unused)
+    joint_BTD = module.join(h_BTD, ahead_BTD)
 
     def norm(x, gain):
         return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * np.asarray(gain[...])
