@@ -10,7 +10,8 @@ not depend on the rows beside it.
                                            likely tokens, then to the fewest of these that together
                                            hold at least `top_p` of what is left (the nucleus)
 
-Ranks, not thresholds, make the cuts: exactly `top_k` tokens stay when logits tie, and at least one.
+Ranks, not thresholds, make the cuts: exactly `top_k` tokens stay when logits tie, and the first
+rank always. Temperatures are those that FP32 holds; toward the least of them Random becomes greedy.
 """
 
 import math
@@ -22,6 +23,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from dsv3.errors import ConfigError
+
+TINY = float(jnp.finfo(jnp.float32).tiny)  # below it FP32 computes with zeros
 
 
 class Sampler(ABC):
@@ -59,8 +62,9 @@ class Random(Sampler):
     top_p: float | None = None
 
     def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature = {self.temperature} must be positive and finite")
+        if not TINY <= self.temperature < math.inf:
+            raise ConfigError(f"temperature = {self.temperature} must be finite, and at least "
+                              f"{TINY:.3g}; 0 is greedy")  # fmt: skip
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k = {self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -81,14 +85,14 @@ class Random(Sampler):
 
     def cut(self, ranked_BV: Array) -> Array:
         """Logits in descending order, over the temperature, -inf where a cut drops the token."""
-        ranked_BV = (ranked_BV - ranked_BV[:, :1]) / self.temperature  # finite at any temperature
+        ranked_BV = (ranked_BV - ranked_BV[:, :1]) / self.temperature
         if self.top_k is not None:
-            kept_V = jnp.arange(ranked_BV.shape[1]) < self.top_k
+            kept_V = jnp.arange(ranked_BV.shape[1]) < min(self.top_k, ranked_BV.shape[1])
             ranked_BV = jnp.where(kept_V[None], ranked_BV, -jnp.inf)
         if self.top_p is not None and self.top_p < 1:
             p_BV = jax.nn.softmax(ranked_BV, axis=-1)
             before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-            ranked_BV = jnp.where(before_BV < self.top_p, ranked_BV, -jnp.inf)
+            ranked_BV = jnp.where(before_BV < max(self.top_p, TINY), ranked_BV, -jnp.inf)
         return ranked_BV
 
 

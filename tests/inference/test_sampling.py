@@ -64,6 +64,13 @@ def test_top_p_counts_what_top_k_left():
     assert_distributed(Random(top_k=3, top_p=0.8), [0, 4 / 7, 0, 3 / 7, 0])
 
 
+def test_at_the_edge_of_fp32_the_first_rank_stays():
+    best = int(jnp.argmax(LOGITS))
+    for sampler in (Random(2e-38), Random(top_p=1e-320), Random(2e-38, 3, 1e-320)):
+        assert frequencies(sampler)[best] == 1
+    assert_distributed(Random(1.0, 99_999_999_999), [0.1, 0.4, 0.05, 0.3, 0.15])
+
+
 def test_masked_tokens_are_never_drawn():
     logits = LOGITS.at[jnp.array([1, 4])].set(-jnp.inf)
     for sampler in (Random(), Random(5.0), Random(top_p=0.999), Random(top_k=5)):
@@ -84,6 +91,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": 1e-39}, "temperature"),
         ({"temperature": 1.0, "top_k": 0}, "top_k"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p"),
