@@ -33,7 +33,8 @@ from dsv3.config import Data
 from dsv3.data.build import take_survey
 from dsv3.data.corpus import Corpus, Document
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.errors import DataError
+from dsv3.errors import CheckpointError, DataError
+from dsv3.evaluation.scoring import NOT_FINITE
 from dsv3.model.transformer import Transformer
 from dsv3.training.losses import head_loss
 
@@ -91,7 +92,7 @@ def bits_per_byte(
 ) -> BitsPerByte:
     """BPB of `texts` in windows of `length` tokens, blocks computed in `dtype`.
 
-    Raises DataError where the texts hold no byte.
+    Raises DataError where the texts hold no byte, CheckpointError where a model gives no number.
     """
     size = sum(len(text.encode()) for text in texts)
     if size == 0:
@@ -101,6 +102,8 @@ def bits_per_byte(
     every_window = (w for ids in documents for w in windows(ids, tokenizer.eos, length))
     batches = (_stacked(group, rows, length) for group in batched(every_window, rows))
     nats = [_nats(model, tokens_BS, scored_BT, dtype) for tokens_BS, scored_BT in batches]
+    if not np.isfinite(nats).all():
+        raise CheckpointError(NOT_FINITE)
     bits = math.fsum(map(float, nats)) / math.log(2)
     return BitsPerByte(bits, size, sum(map(len, documents)))
 

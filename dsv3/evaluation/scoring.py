@@ -19,6 +19,7 @@ batches of similar length, on few compiled shapes. Logits exist for scored posit
 """
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from itertools import batched, takewhile
 from typing import NamedTuple
@@ -35,10 +36,12 @@ from dsv3.training.losses import CHUNK, negative_log_likelihood
 
 POSITIONS = 4096  # of one forward pass: about this many, in whole rows
 SHORTEST = 64  # tokens in the shortest row
+NOT_FINITE = "the model's log-likelihoods are not finite: its weights are damaged"
 
 
 class SpanError(UserError):
-    """Scored tokens that do not fit the length; `index` is the span's."""
+    """Scored tokens that do not fit the length, or whose score is no number; `index` is the
+    span's."""
 
     def __init__(self, index: int, message: str):
         super().__init__(message)
@@ -89,7 +92,8 @@ def score(
     """A score for each span, in order. At most `length` tokens precede a token, `dtype` is that of
     the blocks; only ids below `vocab` count as most likely.
 
-    Raises SpanError for a span that scores more than `length` tokens, or none.
+    Raises SpanError for a span that scores more than `length` tokens, or none, and where the model
+    gives no finite score.
     """
     kept = [_kept(index, span, length) for index, span in enumerate(spans)]
     rows: dict[tuple[int, ...], list[int]] = {}  # inputs → the spans that have them
@@ -101,6 +105,8 @@ def score(
             here = [(row, index) for row, tokens in enumerate(group) for index in rows[tokens]]
             found = _nats(model, group, size, [(row, kept[i]) for row, i in here], vocab, dtype)
             for (_, index), (nats, greedy) in zip(here, found, strict=True):
+                if not math.isfinite(nats):
+                    raise SpanError(index, NOT_FINITE)
                 span = kept[index]
                 cut = len(span.tokens) < len(spans[index].tokens)
                 scores[index] = Score(nats, len(span.tokens) - span.first, greedy, cut)

@@ -53,6 +53,7 @@ class State(NamedTuple):
     stopped_B: Array  # bool: the last token is a stop token
     steps_B: Array  # int32: passes of the main model so far, the prompt's aside
     kept_B: Array  # int32: drafts kept in them
+    finite_B: Array  # bool: whether all logits that it grew by were
     draft_BJV: Array  # float32: the probabilities that the drafts were drawn from
     hidden_BWD: Array  # of the main model, at the W = 2 J positions up to length - 2
     cache: LatentCache
@@ -70,7 +71,7 @@ def begin(
     h_BPD, cache = forward.begin(model, cache, tokens_BS[:, :prompt], plan.drafts)
     none_B = jnp.zeros(sequences, jnp.int32)
     return _draft(plan, model, seed, State(
-        tokens_BS, length_B, none_B > 0, none_B, none_B,
+        tokens_BS, length_B, none_B > 0, none_B, none_B, none_B == 0,
         jnp.zeros((sequences, plan.drafts, plan.vocab), jnp.float32),
         _take(h_BPD, _window_BW(plan, length_B)), cache,
     ))  # fmt: skip
@@ -94,10 +95,12 @@ def advance(
         position_BT = jnp.minimum(place_BT, state.cache.length) - 1
         tokens_BT = _take(state.tokens_BS, position_BT)
         h_BTD, cache = forward.extend(model, state.cache, tokens_BT, position_BT)
+        logits_BTV = forward.logits(model, h_BTD, plan.vocab)
+        finite_B = jnp.isfinite(logits_BTV).all(axis=(1, 2))
         kept_B, token_B = verify(
             plan.sampler,
             keys(seed, place_BT[:, :-1], ACCEPT), keys(seed, place_BT, TOKEN),
-            _probabilities(plan, model, h_BTD), state.draft_BJV, tokens_BT[:, 1:],
+            _probabilities(plan, logits_BTV), state.draft_BJV, tokens_BT[:, 1:],
         )  # fmt: skip
         tokens_BS = _put(state.tokens_BS, n_B + kept_B, token_B)
         new_BT = _take(tokens_BS, place_BT)
@@ -108,6 +111,7 @@ def advance(
         return count + 1, _draft(plan, model, seed, State(
             tokens_BS, n_B + jnp.where(on_B, grown_B, 0), state.stopped_B | on_B & stopped_B,
             state.steps_B + on_B, state.kept_B + jnp.where(on_B, kept_B, 0),
+            state.finite_B & (finite_B | ~on_B),
             state.draft_BJV, _take(hidden_BD, following_BW), cache,
         ))  # fmt: skip
 
@@ -134,7 +138,8 @@ def _draft(plan: Plan, model: Transformer, seed: Array, state: State) -> State:
     for depth in range(1, plan.drafts + 1):
         ahead_BW = _take(tokens_BS, position_BW + depth)
         h_BWD, cache = forward.propose(model, depth, cache, h_BWD, ahead_BW, position_BW)
-        q_BV = _probabilities(plan, model, model.mtp[depth - 1].norm(h_BWD[:, -1:]))[:, 0]
+        h_B1D = model.mtp[depth - 1].norm(h_BWD[:, -1:])
+        q_BV = _probabilities(plan, forward.logits(model, h_B1D, plan.vocab))[:, 0]
         place_B = n_B + depth - 1
         token_B = plan.sampler.draw(keys(seed, place_B[:, None], DRAFT)[:, 0], q_BV)
         tokens_BS = _put(tokens_BS, place_B, token_B)
@@ -148,8 +153,7 @@ def _window_BW(plan: Plan, length_B: Array) -> Array:
     return jnp.maximum(_from(length_B - 1 - width, width), 0)
 
 
-def _probabilities(plan: Plan, model: Transformer, h_BTD: Array) -> Array:
-    logits_BTV = forward.logits(model, h_BTD, plan.vocab)
+def _probabilities(plan: Plan, logits_BTV: Array) -> Array:
     p_XV = plan.sampler.probabilities(logits_BTV.reshape(-1, plan.vocab))
     return p_XV.reshape(logits_BTV.shape)
 

@@ -7,8 +7,8 @@
     propose   an MTP module over a window of positions, likewise
 
 All are pure functions of (model, cache, tokens) with the sequences as leading axis; positions lie
-within the cache. The layers are
-scanned with the whole cache in the carry, which is then updated where it is.
+within the cache. The layers are scanned with the whole cache in the carry, which is then updated
+where it is.
 
 **One row counts like many.** Matrix products of one row take another path on CPUs than those of
 several, and round differently; a token decoded alone and the same token verified beside a draft

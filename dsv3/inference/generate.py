@@ -22,7 +22,7 @@ import numpy as np
 
 from dsv3.config import Config
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.errors import ConfigError, UserError
+from dsv3.errors import CheckpointError, ConfigError, UserError, nearest
 from dsv3.inference import decode
 from dsv3.inference.cache import FORMS as FORMS
 from dsv3.inference.cache import FormName
@@ -101,12 +101,16 @@ def generate(
     propose tokens ahead (`speculative`), which changes no greedy completion, nor the distribution
     of others.
 
-    Raises PromptError for a prompt that is empty or leaves no room, ConfigError for a number that
-    cannot be.
+    Raises PromptError for a prompt that is empty or leaves no room, ConfigError for a number or a
+    cache that cannot be, CheckpointError for a model whose logits are no numbers.
     """
     length_B, limit_B = _room(prompts, max_tokens, context)
     if not 0 <= seed < 2**31:
         raise ConfigError(f"seed = {seed} must lie in [0, 2^31)")
+    if not 1 <= vocab <= model.config.vocab:
+        raise ConfigError(f"vocab = {vocab}, but the model has {model.config.vocab} ids")
+    if cache not in FORMS:
+        raise ConfigError(f"cache = {cache!r} is no form{nearest(str(cache), FORMS)}")
     if not 0 <= drafts <= len(model.mtp):
         raise ConfigError(f"drafts = {drafts}, but the model has {len(model.mtp)} MTP modules")
     buffer_BS = np.zeros((len(prompts), _size(limit_B.max())), np.int32)
@@ -118,7 +122,7 @@ def generate(
     state = decode.begin(plan, model, buffer_BS, length_B, seed, prompt)
     arguments = limit_B, np.array(stop, np.int32), seed
     if ends is None:
-        state = decode.advance(plan, model, state, *arguments, max_tokens)
+        state = decode.advance(plan, model, state, *arguments, min(max_tokens, context))
         return _completions(state, length_B, [None] * len(prompts))
     found: list[int | None] = [None] * len(prompts)
     while not _all_ended(state, limit_B):
@@ -154,7 +158,9 @@ def _completions(
     state: State, prompt_B: np.ndarray, found: Sequence[int | None]
 ) -> list[Completion]:
     """What the rows hold behind their prompts; of a row that `found` ended, so many tokens."""
-    tokens_BS, length_B, stopped_B, steps_B, kept_B = map(np.asarray, state[:5])
+    tokens_BS, length_B, stopped_B, steps_B, kept_B, finite_B = map(np.asarray, state[:6])
+    if not finite_B.all():
+        raise CheckpointError("the model's logits are not finite: its weights are damaged")
     completions = []
     for row, count in enumerate(found):
         if count is None:

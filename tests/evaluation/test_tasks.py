@@ -1,10 +1,13 @@
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from dsv3.errors import DataError
+from dsv3.errors import CheckpointError, DataError
 from dsv3.evaluation import harness
+from dsv3.evaluation.bits_per_byte import bits_per_byte
 from dsv3.evaluation.harness import before_stop, evaluate, figure
 from dsv3.evaluation.tasks import Completed, Ratio, read_task
 from tests.evaluation.small import log_p, reader
@@ -194,6 +197,17 @@ def test_bad_lines_are_named(tmp_path, content, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"gone\.jsonl cannot be read: No such file"):
         read_task(tmp_path / "gone.jsonl")
+
+
+def test_a_damaged_model_has_no_figures(task):
+    damaged = jax.tree.map(lambda x: x, reader().model)
+    damaged.head.w[...] = damaged.head.w[...].at[0, 0].set(jnp.nan)
+    broken = reader()._replace(model=damaged)
+    for row in (CHOICES, CONTEXTS, ANSWER):
+        with pytest.raises(DataError, match=r"mine\.jsonl:1: .* not finite: its weights"):
+            evaluate(broken, task(row))
+    with pytest.raises(CheckpointError, match="weights are damaged"):
+        bits_per_byte(broken.model, broken.tokenizer, ["text"], 100)
 
 
 def test_what_cannot_fit_is_named_by_its_line(task):

@@ -7,7 +7,7 @@ import pytest
 
 from dsv3.config import Config, Mla, Model, Moe, Training, Yarn
 from dsv3.data.tokenizer import Tokenizer, ready_made
-from dsv3.errors import ConfigError
+from dsv3.errors import CheckpointError, ConfigError
 from dsv3.inference import generate as module
 from dsv3.inference.generate import (
     Completion,
@@ -100,6 +100,35 @@ def test_seeds_repeat_and_differ(model):
     assert draw[0] == draw[1]
     tokens = {tuple(c.tokens) for completions in draw[1:] for c in completions}
     assert len(tokens) == 8  # other rows and other seeds are other numbers
+
+
+def test_a_damaged_weight_is_named(model):
+    damaged = jax.tree.map(lambda x: x, model)
+    damaged.head.w[...] = model.head.w[...].at[3, 5].set(jnp.nan)
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        generate(damaged, PROMPTS, Greedy(), 12, **OPTIONS)
+    beyond = jax.tree.map(lambda x: x, model)
+    beyond.head.w[...] = model.head.w[...].at[:, 38].set(jnp.nan)  # an id that is never chosen
+    assert generate(beyond, PROMPTS, Greedy(), 12, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": "x"}, "cache = 'x' is no form"),
+        ({"vocab": 41}, "vocab = 41, but the model has 40"),
+        ({"vocab": 0}, "vocab = 0"),
+    ],
+)
+def test_what_cannot_be_is_named(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(model, PROMPTS, Greedy(), 12, **(OPTIONS | options))
+
+
+def test_more_tokens_than_32_bits_count_fill_the_context(model, written):
+    most, cut = 3_000_000_000, slice(0, 12)
+    found = generate(model, PROMPTS, Greedy(), most, **OPTIONS)
+    assert [c.tokens[cut] for c in found] == [c.tokens for c in written]
 
 
 def test_embedding_rows_beyond_the_tokenizer_are_never_chosen(model):
