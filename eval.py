@@ -33,8 +33,7 @@ from dsv3.errors import ConfigError, UserError, exits_cleanly
 from dsv3.evaluation import bits_per_byte as bpb
 from dsv3.evaluation.harness import Reader, evaluate
 from dsv3.evaluation.logits import logits, read_tokens
-from dsv3.evaluation.sandbox import Limits
-from dsv3.evaluation.sandbox import run as run_program
+from dsv3.evaluation.sandbox import Limits, runner
 from dsv3.evaluation.tasks import read_task
 from dsv3.files import write_atomically
 from dsv3.host import keep_freed_memory
@@ -90,16 +89,15 @@ def run_logits(trained: Trained, config: Config, options: argparse.Namespace) ->
 def run_tasks(trained: Trained, config: Config, options: argparse.Namespace) -> None:
     reader, run = _reader(trained, config), None
     if options.execute:
-        limits = Limits(options.seconds, options.megabytes)
-        warn(f"programs run as you, with limits; network {run_program('', limits).network}")
-        run = lambda program: run_program(program, limits).passed  # noqa: E731
+        run, network = runner(options.limits)
+        warn(f"programs run as you, with limits; network {network}")
     results = {}
     for task in options.tasks:
         found = evaluate(reader, task, run)
         print(f"{task.name}: {found.line()}", flush=True)
         results[task.name] = found.as_json()
     if options.out:
-        write_atomically(options.out, json.dumps(results, indent=1) + "\n")
+        write_atomically(options.out, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def run_lm_eval(trained: Trained, config: Config, options: argparse.Namespace) -> None:
@@ -122,7 +120,8 @@ def _reader(trained: Trained, config: Config) -> Reader:
 
 
 def check_tasks(options: argparse.Namespace) -> None:
-    check_counts(options, "limit", "seconds", "megabytes")
+    check_counts(options, "limit")
+    options.limits = Limits(options.seconds, options.megabytes)
     options.tasks = [read_task(path, options.limit, options.shots) for path in options.tasks]
     names = [task.name for task in options.tasks]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -20,14 +20,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dsv3.errors import ConfigError, UserError
+
 BOOTSTRAP = """
 import os, resource, sys
-megabytes, seconds, report = map(int, sys.argv[1:4])
-nonce = sys.argv[4]
+nonce, *numbers = sys.stdin.readline().split()  # not in argv, which the program and its like read
+megabytes, seconds, report = map(int, numbers)
 program = sys.stdin.read()
 try:
     user = () if os.geteuid() == 0 else (os.CLONE_NEWUSER,)
@@ -52,8 +55,15 @@ os.write(report, nonce.encode())
 
 @dataclass(frozen=True)
 class Limits:
+    """Raises ConfigError for a number that no system takes."""
+
     seconds: int = 10  # of CPU time and of wall-clock time
     megabytes: int = 1024  # of address space
+
+    def __post_init__(self):
+        for name, most in (("seconds", 24 * 60 * 60), ("megabytes", 1 << 24)):
+            if not 1 <= (value := getattr(self, name)) <= most:
+                raise ConfigError(f"{name} = {value} must lie in [1, {most}]")
 
 
 class Outcome(NamedTuple):
@@ -69,8 +79,8 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:
     os.set_blocking(reading, False)  # a process that escaped may hold the other end open
     with tempfile.TemporaryDirectory(prefix="dsv3-", ignore_cleanup_errors=True) as folder:
         complaint = Path(folder) / "stderr"
-        command = [sys.executable, "-I", "-c", BOOTSTRAP, str(limits.megabytes),
-                   str(limits.seconds), str(writing), nonce]  # fmt: skip
+        command = [sys.executable, "-I", "-c", BOOTSTRAP]
+        first = f"{nonce} {limits.megabytes} {limits.seconds} {writing}\n"
         (home := Path(folder) / "home").mkdir()
         with complaint.open("wb") as stderr:
             process = subprocess.Popen(
@@ -81,7 +91,7 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:
         os.close(writing)
         how = "failed"
         try:
-            process.communicate(program.encode("utf-8", "replace"), timeout=limits.seconds)
+            process.communicate((first + program).encode("utf-8", "replace"), limits.seconds)
         except subprocess.TimeoutExpired:
             how = "timed out"
         finally:
@@ -93,6 +103,18 @@ def run(program: str, limits: Limits = Limits()) -> Outcome:
         lines = complaint.read_bytes()[-4096:].decode(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "it ended early")
         return Outcome(False, last if how == "failed" else how, network or "open")
+
+
+def runner(limits: Limits) -> tuple[Callable[[str], bool], str]:
+    """Whether a program passes, and what is known of its network.
+
+    Raises UserError with what an empty program complains of, if that does not pass.
+    """
+    empty = run("", limits)
+    if not empty.passed:
+        raise UserError(f"not even an empty program passes within {limits.seconds} seconds and "
+                        f"{limits.megabytes} megabytes: {empty.how}")  # fmt: skip
+    return lambda program: run(program, limits).passed, empty.network
 
 
 def _read(descriptor: int) -> bytes:

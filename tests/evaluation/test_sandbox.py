@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from dsv3.evaluation.sandbox import Limits, run
+from dsv3.errors import ConfigError, UserError
+from dsv3.evaluation.sandbox import Limits, run, runner
 
 QUICK = Limits(seconds=2, megabytes=512)
 
@@ -76,6 +77,37 @@ def test_it_has_no_network_where_the_kernel_can_cut_it_off():
     )
     assert run(children, QUICK).passed
     assert "sleep\x0077" not in "".join(_command_lines())
+
+
+def test_it_is_not_told_how_passing_is_reported():
+    program = """
+import os, sys
+said = ' '.join(sys.argv) + open('/proc/self/cmdline').read()
+words = said.replace(chr(0), ' ').split()
+if nonces := [word for word in words if len(word) == 32]:
+    for descriptor in range(3, 64):
+        try:
+            os.write(descriptor, nonces[0].encode())
+        except OSError:
+            pass
+    os._exit(0)
+assert sys.argv == ['-c'] and sys.stdin.read() == ''
+raise SystemExit('no nonce')"""
+    found = run(program, QUICK)
+    assert not found.passed and found.how == "no nonce"
+
+
+@pytest.mark.parametrize("limits", [(0, 512), (2**40, 512), (2, 0), (2, 8796093022208)])
+def test_limits_that_no_system_takes_are_named(limits):
+    with pytest.raises(ConfigError, match=r"^(seconds|megabytes) = \d+ must lie in \[1, "):
+        Limits(*limits)
+
+
+def test_where_nothing_can_pass_nothing_is_judged():
+    passes, _ = runner(QUICK)
+    assert passes("x = 1") and not passes("assert 0")
+    with pytest.raises(UserError, match="not even an empty program passes within 2 seconds and 1 "):
+        runner(Limits(2, 1))
 
 
 def _command_lines():
