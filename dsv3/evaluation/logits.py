@@ -6,6 +6,8 @@ Its last k positions, for which there is no token ahead to read, hold nothing of
 """
 
 import os
+import tokenize
+import zipfile
 from pathlib import Path
 
 import jax
@@ -17,6 +19,10 @@ from dsv3.errors import DataError
 from dsv3.model.transformer import Output, Transformer
 
 POSITIONS = 4096  # of one forward pass: about this many, in whole sequences
+DAMAGE = (  # what numpy raises for a header that is none, or for more numbers than follow it
+    ValueError, EOFError, MemoryError, OverflowError, TypeError, SyntaxError, RecursionError,
+    tokenize.TokenError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def read_tokens(path: str | os.PathLike, vocab: int) -> np.ndarray:
@@ -24,11 +30,12 @@ def read_tokens(path: str | os.PathLike, vocab: int) -> np.ndarray:
     is not below `vocab`."""
     path = Path(path)
     try:
-        tokens = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            tokens = np.load(file, allow_pickle=False)
     except OSError as error:
         raise DataError(f"tokens {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
-        raise DataError(f"tokens {path} is no .npy file of integers: {error}") from error
+    except DAMAGE as error:  # numpy's words would advise to unpickle the file
+        raise DataError(f"tokens {path} is no .npy file of integers, or not all of one") from error
     if not isinstance(tokens, np.ndarray) or tokens.dtype.kind not in "iu":
         given = getattr(tokens, "dtype", "an .npz archive")
         raise DataError(f"tokens {path} holds {given}, not integers")

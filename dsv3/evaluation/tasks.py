@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 from dsv3.data.corpus import well_formed
 from dsv3.data.tokenizer import Tokenizer
@@ -317,8 +317,8 @@ def read_task(path: str | Path, limit: int | None = None, shots: int | None = No
 def _item(line: bytes) -> tuple[Item, bool]:
     """The item of one line, and whether it is a demonstration."""
     try:
-        row = json.loads(line.decode())
-    except ValueError as error:  # of UTF-8 or of JSON
+        row = json.loads(line.decode(), object_pairs_hook=_row)
+    except (ValueError, RecursionError) as error:  # of UTF-8 or of JSON
         raise ConfigError(f"is no JSON: {error}") from error
     if not isinstance(row, dict):
         raise ConfigError("is no JSON object")
@@ -330,6 +330,13 @@ def _item(line: bytes) -> tuple[Item, bool]:
     return _built(kind, row), is_shot
 
 
+def _row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"names the field {twice[0]!r} twice")
+    return dict(pairs)
+
+
 def _built(kind: type[Item], row: dict[str, Any]) -> Item:
     types = field_types(kind)
     if unknown := sorted(row.keys() - types.keys()):
@@ -337,6 +344,9 @@ def _built(kind: type[Item], row: dict[str, Any]) -> Item:
     optional = {"stop", "max_tokens", "check"}
     if missing := sorted(types.keys() - row.keys() - optional):
         raise ConfigError(f"lacks the field {missing[0]!r}")
+    for name, value in row.items():
+        if get_origin(types[name]) is tuple and not isinstance(value, list):
+            raise ConfigError(f"{name} wants a list, got {value!r}")
     values = {name: _text(conform(value, types[name], name)) for name, value in row.items()}
     return kind(**values)
 

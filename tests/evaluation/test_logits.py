@@ -1,3 +1,4 @@
+import struct
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -41,12 +42,26 @@ def test_what_is_no_batch_of_tokens_is_named(tmp_path, content, message):
         read_tokens(saved(tmp_path, content), 10)
 
 
+def npy(header):
+    """A .npy file of that header and one number."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(8)
+
+
 def test_what_is_no_file_of_an_array_is_named(tmp_path):
     path = tmp_path / "T.npy"
-    for content in (b"", b"not numpy", b"\x93NUMPY\x01\x00"):
+    headers = (
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (1099511627776, 1099511627776)}",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (99999999, 9999999)}",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (2, 2)}",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (2, 2)}",
+        "{'descr': '<i8', 'shape': (2,",
+        "(" * 5000,
+    )
+    for content in (b"", b"not numpy", b"\x93NUMPY\x01\x00", b"PK\x03\x04", *map(npy, headers)):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"T\.npy is no \.npy file"):
+        with pytest.raises(DataError, match=r"T\.npy is no \.npy file") as found:
             read_tokens(path, 10)
+        assert "pickle" not in str(found.value)
     np.savez(tmp_path / "T.npz", tokens=[[1]])
     with pytest.raises(DataError, match=r"T\.npz holds an \.npz archive"):
         read_tokens(tmp_path / "T.npz", 10)

