@@ -10,7 +10,9 @@
 
 `generate` writes the new text to stdout and nothing else; with `--speculative` it says on stderr
 how many drafts of the MTP modules were right. `logits` reads integers [B, T] and writes
-float32 `logits` [B, T, V], for a model with MTP also `mtp_logits` [B, T, V], its depth 1.
+float32 `logits` [B, T, V], for a model with MTP also `mtp_logits` [B, T, V], its depth 1, and
+`mtp_logits_2`, ... of further depths. `bpb` scores `--set data.corpus=...`, by default the run's
+own; with `--hf`, where no run says which, that of the default configuration, which it names.
 Task files are described in docs/evaluation.md; `--execute` runs the programs that a model writes.
 """
 
@@ -31,7 +33,7 @@ from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.errors import ConfigError, UserError, exits_cleanly
 from dsv3.evaluation import bits_per_byte as bpb
-from dsv3.evaluation.harness import Reader, evaluate
+from dsv3.evaluation.harness import Reader, evaluate, require_fit
 from dsv3.evaluation.logits import logits, read_tokens
 from dsv3.evaluation.sandbox import Limits, runner
 from dsv3.evaluation.tasks import read_task
@@ -46,7 +48,8 @@ def run_bpb(trained: Trained, config: Config, options: argparse.Namespace) -> No
     texts = bpb.held_out_texts(bpb.held_out(config.data), config.evaluation.held_out_bytes)
     length, dtype = config.training.sequence_length, jnp.dtype(config.training.compute_dtype)
     found = bpb.bits_per_byte(trained.model, tokenizer, texts, length, dtype)
-    print(f"held out: {len(texts):,} documents, {found.bytes:,} bytes, {found.tokens:,} tokens")
+    print(f"held out: {len(texts):,} documents, {found.bytes:,} bytes, {found.tokens:,} tokens"
+          f" of data.corpus = {config.data.corpus!r}")  # fmt: skip
     print(f"model     {found.value:.4f} bits per byte")
     print(f"xz -9     {bpb.compressor_bits_per_byte(texts):.4f} bits per byte")
 
@@ -91,13 +94,15 @@ def run_tasks(trained: Trained, config: Config, options: argparse.Namespace) -> 
     if options.execute:
         run, network = runner(options.limits)
         warn(f"programs run as you, with limits; network {network}")
+    for task in options.tasks:
+        require_fit(reader, task)
     results = {}
     for task in options.tasks:
         found = evaluate(reader, task, run)
         print(f"{task.name}: {found.line()}", flush=True)
         results[task.name] = found.as_json()
-    if options.out:
-        write_atomically(options.out, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        if options.out:  # after each: what was computed outlives a later task's end
+            write_atomically(options.out, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def run_lm_eval(trained: Trained, config: Config, options: argparse.Namespace) -> None:
@@ -123,6 +128,9 @@ def check_tasks(options: argparse.Namespace) -> None:
     check_counts(options, "limit")
     options.limits = Limits(options.seconds, options.megabytes)
     options.tasks = [read_task(path, options.limit, options.shots) for path in options.tasks]
+    for task in options.tasks:
+        if options.shots is not None and task.shots < options.shots:
+            warn(f"{task.name}: --shots {options.shots}, but it holds {task.shots} demonstrations")
     names = [task.name for task in options.tasks]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--tasks names two files {twice[0]!r}: results go by that name")

@@ -81,7 +81,7 @@ def test_bpb_beside_a_compressor(run, workdir):
     code, out, err = run("bpb", "--workdir", workdir, "--set", "evaluation.held_out_bytes=900")
     assert (code, err) == (0, "")
     assert re.fullmatch(
-        r"held out: \d documents, 900 bytes, 900 tokens\n"
+        r"held out: \d documents, 900 bytes, 900 tokens of data\.corpus = '.*/corpus'\n"
         r"model     \d+\.\d{4} bits per byte\nxz -9     \d+\.\d{4} bits per byte\n",
         out,
     )

@@ -1,7 +1,8 @@
 """Running tasks: every span of every item scored in one go, every prompt completed in batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import batched
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import DataError
-from dsv3.evaluation.scoring import Score, Span, SpanError, score
+from dsv3.evaluation.scoring import Score, Span, SpanError, kept, score
 from dsv3.evaluation.tasks import Completed, Ratio, Run, Task, Written
 from dsv3.inference.generate import completion_text, generate
 from dsv3.inference.sampling import Greedy, Sampler
@@ -70,8 +71,9 @@ def evaluate(reader: Reader, task: Task, run: Run | None = None) -> Result:
     Raises DataError naming the file and line of an item that does not fit the context.
     """
     spans = [item.spans(reader.tokenizer, reader.context) for item in task.items]
+    prompts, cut_prompts = _prompts(reader, task)
     scores = _scores(reader, task, spans)
-    texts, cut_prompts = _completions(reader, task)
+    texts = _completions(reader, task, prompts)
     shares: dict[str, list[Ratio]] = {}
     for item, own, text in zip(task.items, scores, texts, strict=True):
         for name, ratio in item.figures(own, Completed(text, run)).items():
@@ -79,6 +81,14 @@ def evaluate(reader: Reader, task: Task, run: Run | None = None) -> Result:
     cut = [any(s.cut for s in own) or c for own, c in zip(scores, cut_prompts, strict=True)]
     figures = {name: figure(ratios) for name, ratios in shares.items()}
     return Result(figures, len(task.items), task.shots, sum(cut))
+
+
+def require_fit(reader: Reader, task: Task) -> None:
+    """Raise the DataError of `evaluate` for an item that does not fit, with nothing computed."""
+    spans = [item.spans(reader.tokenizer, reader.context) for item in task.items]
+    with _named(task, spans):
+        kept([span for own in spans for span in own], reader.context)
+    _prompts(reader, task)
 
 
 def figure(ratios: Sequence[Ratio]) -> Figure:
@@ -91,33 +101,50 @@ def figure(ratios: Sequence[Ratio]) -> Figure:
 
 def _scores(reader: Reader, task: Task, spans: list[list[Span]]) -> list[list[Score]]:
     flat = [span for own in spans for span in own]
-    owner = [index for index, own in enumerate(spans) for _ in own]
-    try:
-        vocab = reader.tokenizer.vocab_size
+    vocab = reader.tokenizer.vocab_size
+    with _named(task, spans):
         found = iter(score(reader.model, flat, reader.context, vocab, reader.dtype))
-    except SpanError as error:
-        raise DataError(f"{task.where[owner[error.index]]}: {error}") from error
     return [[next(found) for _ in own] for own in spans]
 
 
-def _completions(reader: Reader, task: Task) -> tuple[list[str], list[bool]]:
-    """The text that the model writes for each item, '' where none is asked for; whose prompts were
-    cut."""
-    texts, cut = [""] * len(task.items), [False] * len(task.items)
-    written_items = {i: item for i, item in enumerate(task.items) if isinstance(item, Written)}
-    by_limit: dict[int, dict[int, list[int]]] = {}
-    for index, item in written_items.items():
+@contextmanager
+def _named(task: Task, spans: list[list[Span]]) -> Iterator[None]:
+    """A SpanError within names file and line of the item that the span belongs to."""
+    try:
+        yield
+    except SpanError as error:
+        owner = [index for index, own in enumerate(spans) for _ in own]
+        raise DataError(f"{task.where[owner[error.index]]}: {error}") from error
+
+
+Prompts = dict[int, dict[int, list[int]]]  # max_tokens → an item's number → its prompt
+
+
+def _prompts(reader: Reader, task: Task) -> tuple[Prompts, list[bool]]:
+    """What is to be completed, and whose prompts were cut."""
+    by_limit, cut = {}, [False] * len(task.items)
+    for index, item in enumerate(task.items):
+        if not isinstance(item, Written):
+            continue
         most = item.max_tokens
         prompt, cut[index] = item.question(reader.tokenizer, reader.context - most)
         if len(prompt) + most > reader.context or not prompt:
             raise DataError(f"{task.where[index]}: max_tokens = {most} leaves no room for a "
                             f"prompt in the context of {reader.context} tokens")  # fmt: skip
         by_limit.setdefault(most, {})[index] = prompt
+    return by_limit, cut
+
+
+def _completions(reader: Reader, task: Task, by_limit: Prompts) -> list[str]:
+    """The text that the model writes for each item, '' where none is asked for."""
+    texts = [""] * len(task.items)
     for most, prompts in by_limit.items():
         written = completed(reader, list(prompts.values()), most)
         for index, text in zip(prompts, written, strict=True):
-            texts[index] = before_stop(text, written_items[index].stop)
-    return texts, cut
+            item = task.items[index]
+            assert isinstance(item, Written)
+            texts[index] = before_stop(text, item.stop)
+    return texts
 
 
 def completed(

@@ -95,22 +95,27 @@ def score(
     Raises SpanError for a span that scores more than `length` tokens, or none, and where the model
     gives no finite score.
     """
-    kept = [_kept(index, span, length) for index, span in enumerate(spans)]
+    fitted = kept(spans, length)
     rows: dict[tuple[int, ...], list[int]] = {}  # inputs → the spans that have them
-    for index, span in enumerate(kept):
+    for index, span in enumerate(fitted):
         rows.setdefault(tuple(span.tokens[:-1]), []).append(index)
     scores: list[Score | None] = [None] * len(spans)
     for size, inputs in _by_size(rows, length):
         for group in batched(inputs, max(1, POSITIONS // size)):
             here = [(row, index) for row, tokens in enumerate(group) for index in rows[tokens]]
-            found = _nats(model, group, size, [(row, kept[i]) for row, i in here], vocab, dtype)
+            found = _nats(model, group, size, [(row, fitted[i]) for row, i in here], vocab, dtype)
             for (_, index), (nats, greedy) in zip(here, found, strict=True):
                 if not math.isfinite(nats):
                     raise SpanError(index, NOT_FINITE)
-                span = kept[index]
+                span = fitted[index]
                 cut = len(span.tokens) < len(spans[index].tokens)
                 scores[index] = Score(nats, len(span.tokens) - span.first, greedy, cut)
     return [found for found in scores if found is not None]
+
+
+def kept(spans: Sequence[Span], length: int) -> list[Span]:
+    """The spans without the beginnings that do not fit. Raises SpanError as `score` does."""
+    return [_kept(index, span, length) for index, span in enumerate(spans)]
 
 
 def _kept(index: int, span: Span, length: int) -> Span:
