@@ -202,6 +202,8 @@ ERRORS = {
     "limit": ("tasks --workdir {run} --tasks x --limit 0", "--limit 0 must be at least 1"),
     "shots": ("lm-eval --workdir {run} --tasks x --shots -1", "--shots -1 must be at least 0"),
     "tasks out": ("lm-eval --workdir {run} --tasks x --out {run}/x/O", "--out {run}/x/O is a"),
+    "megabytes": ("tasks --workdir {run} --tasks x --megabytes 0", "megabytes = 0 must lie in"),
+    "seconds": ("tasks --workdir {run} --tasks x --seconds 99999999", "seconds = 99999999 must"),
     "no out folder": ("logits --hf {golden} --tokens {run}/T --out {run}/x/O", "--out {run}/x/O"),
 }
 
@@ -232,6 +234,22 @@ def test_tasks_print_a_line_and_write_json(run, workdir, tmp_path):
     assert "passed" in found["fill"]["figures"]
     assert "passed" not in run("tasks", "--workdir", workdir, "--tasks", fill)[1]
     assert "names two files 'choice'" in run(*arguments, choice)[2]
+
+
+def test_everything_fits_before_anything_is_scored(run, workdir, tmp_path):
+    good, bad, out = tmp_path / "good.jsonl", tmp_path / "bad.jsonl", tmp_path / "R.json"
+    good.write_text(json.dumps({"context": "a", "answer": "b"}))
+    arguments = ["tasks", "--workdir", workdir, "--out", out, "--tasks", good]
+    for row, message in (
+        ({"context": "a", "answer": "b" * (CONTEXT + 1)}, "scored tokens do not fit"),
+        ({"prompt": "a", "answers": ["b"], "max_tokens": CONTEXT}, "leaves no room"),
+    ):
+        bad.write_text(json.dumps(row))
+        code, printed, err = run(*arguments, bad)
+        assert (code, printed) == (2, "") and f"{bad}:1: " in err and message in err
+    assert not out.exists()
+    code, printed, err = run(*arguments, "--shots", 2)
+    assert (code, err) == (0, "good: --shots 2, but it holds 0 demonstrations\n")
 
 
 def test_lm_eval_is_an_extra(run, workdir, monkeypatch):

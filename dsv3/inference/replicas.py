@@ -116,7 +116,10 @@ def routed_loads(
 ) -> np.ndarray:
     """Tokens that each expert gets from `sequences`, int64 [L, E]: by causality those that decoding
     them token by token sends it."""
-    longest = max(map(len, sequences), default=0)
+    if len(sequences) == 0:
+        rows = model.config.moe_layers + model.config.mtp_depths
+        return np.zeros((rows, model.config.moe.routed_experts), np.int64)
+    longest = max(map(len, sequences))
     size = max(SHORTEST, 1 << max(longest - 1, 0).bit_length())
     tokens_BT = np.zeros((len(sequences), size), np.int32)
     length_B1 = np.array([[len(sequence)] for sequence in sequences])
@@ -167,8 +170,14 @@ def serve(
     generate: Generate,
     balancer: Balancer,
 ) -> Iterator[list[Completion]]:
-    """Completions of batches of prompts, the experts re-balanced between one batch and the next."""
+    """Completions of batches of prompts, the experts re-balanced between one batch and the next.
+
+    A batch of no prompt is answered by none, and tells nothing of loads.
+    """
     for prompts in batches:
+        if len(prompts) == 0:
+            yield []
+            continue
         completions = generate(model, prompts)
         yield completions
         balancer.observe(routed_loads(model, sequences_read(prompts, completions)))

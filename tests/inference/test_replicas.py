@@ -154,6 +154,14 @@ def test_loads_are_those_of_reading_token_by_token(model, call):
     np.testing.assert_array_equal(together, stepwise)
 
 
+def test_no_prompt_is_no_load(model):
+    nothing = routed_loads(model, [])
+    assert nothing.shape == routed_loads(model, [[]]).shape and not nothing.any()
+    balancer = Balancer(SLOTS, DEVICES)
+    assert list(serve(model, [[], []], lambda model, prompts: 1 / 0, balancer)) == [[], []]
+    assert balancer.load_LE is None
+
+
 def test_what_was_read_excludes_a_token_that_ended_the_room():
     done = [Completion([7, 8], stopped=True), Completion([7, 8], stopped=False)]
     assert sequences_read([[1], [2]], done) == [[1, 7, 8], [2, 7]]
