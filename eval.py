@@ -116,7 +116,9 @@ def run_lm_eval(trained: Trained, config: Config, options: argparse.Namespace) -
         figures = {k: v for k, v in figures.items() if isinstance(v, float)}
         print(f"{name}: {' · '.join(f'{k} {v:.4f}' for k, v in figures.items())}")
     if options.out:
-        write_atomically(options.out, json.dumps(found, indent=1, default=str) + "\n")
+        text = json.dumps(found, default=str)
+        found = json.loads(text, parse_constant=lambda _: None)  # an error of one item is nan
+        write_atomically(options.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def _reader(trained: Trained, config: Config) -> Reader:
