@@ -114,8 +114,13 @@ def training_flops(model: Model, sequence_length: int) -> float:
     again for every MTP depth, which also is a layer. (T + 1) / 2 positions are visible to a query
     in the mean. A multiplication and an addition are 2, and the backward pass is twice the forward.
     """
-    run, mla = activated(model), model.mla
+    run = activated(model)
     multiplied = run.total - run.embedding + model.mtp_depths * run.head
-    layers = model.layers + model.mtp_depths
+    return 6.0 * multiplied + attention_flops(model, sequence_length)
+
+
+def attention_flops(model: Model, sequence_length: int) -> float:
+    """The part of `training_flops` that is core attention, the second summand."""
+    mla, layers = model.mla, model.layers + model.mtp_depths
     pair = mla.heads * (mla.nope_dim + mla.rope_dim + mla.value_dim)
-    return 6.0 * (multiplied + layers * pair * (sequence_length + 1) / 2)
+    return 6.0 * layers * pair * (sequence_length + 1) / 2
