@@ -40,6 +40,7 @@ from dsv3.training.step import make_step
 
 TARGETS = ("cpu", "h200")
 WHEELS = ("jax_plugins.xla_cuda13", "nvidia.cu13")
+WIDENING = [f"float-normalization-{narrow}" for narrow in ("bf16", "f8e4m3fn", "f8e5m2")]
 LARGEST = 8  # buffers that are named
 
 
@@ -97,7 +98,7 @@ def _environment(devices: int, target: str, folder: str) -> list[str]:
     if target == "cpu":
         flags += [f"--xla_force_host_platform_device_count={devices}",
                   "--xla_backend_optimization_level=0",
-                  "--xla_disable_hlo_passes=float-normalization-bf16"]  # fmt: skip
+                  f"--xla_disable_hlo_passes={','.join(WIDENING)}"]  # fmt: skip
         return ["JAX_PLATFORMS=cpu", f"XLA_FLAGS={' '.join(flags)}"]
     flags += ["--xla_gpu_autotune_level=0", f"--xla_gpu_cuda_data_dir={_cuda()}"]
     skip = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1"

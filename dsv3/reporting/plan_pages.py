@@ -1,6 +1,7 @@
 """A plan for the eye: its text and its picture, from the figures that `plan` has as JSON."""
 
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,16 +36,16 @@ def text(plan: Figures) -> str:
 def _head(plan: Figures) -> list[str]:
     model, mesh, batch, how = plan["model"], plan["mesh"], plan["batch"], plan["compiler"]
     axes = " · ".join(f"{axis} {mesh[axis]}" for axis in ("pipe", "replica", "node", "local"))
+    flops = f"{_si(model['flops_a_token'])}FLOP a token, {_si(model['flops_a_step'])}FLOP a step"
     return [
         f"parameters   {model['parameters']:,}, activated {model['activated']:,}; without MTP "
         f"{model['parameters_main']:,} and {model['activated_main']:,}",
-        f"mesh         {axes} = {mesh['devices']:,} devices; "
+        f"mesh         {axes} = {mesh['devices']:,} device{'s'[: mesh['devices'] > 1]}; "
         f"experts {mesh['transport']}, parameters {mesh['parameters']}",
         f"step         {batch['sequences']:,} sequences, {batch['tokens']:,} tokens in "
         f"{batch['micro_batches']} micro-batches, {batch['tokens_a_forward_pass']:,} tokens of a "
         "device at once",
-        f"arithmetic   {model['flops_a_token'] / 1e9:.1f} GFLOP a token, "
-        f"{model['flops_a_step'] / 1e18:.2f} EFLOP a step; nothing recomputed or padded in it",
+        f"arithmetic   {flops}; nothing recomputed or padded in it",
         f"compiled     for {how['target']} in {how['seconds']:.0f} s and "
         f"{how['host_bytes'] / 2**30:.1f} GiB of this host",
     ]
@@ -157,6 +158,14 @@ def _is_number(cell: str) -> bool:
 
 def _gb(number: float) -> str:
     return f"{number / GB:,.3f}"
+
+
+def _si(number: float) -> str:
+    """'260.7 G', with a prefix for every factor of a thousand."""
+    thousands = int(math.log10(max(number, 1)) // 3)
+    return (
+        f"{number / 1000**thousands:.1f} {('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z', 'Y')[thousands]}"
+    )
 
 
 def _k(hours: float) -> str:
