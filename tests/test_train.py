@@ -111,7 +111,7 @@ def test_a_tokenizer_other_than_the_weights_is_refused(config, tmp_path):
     bytes_, deepseek = (Tokenizer(ready_made(name), name) for name in ("bytes", "deepseek"))
     bytes_.save(tmp_path / "tokenizer.json")
     train_module.require_same_tokenizer(config, SimpleNamespace(tokenizer=bytes_), tmp_path)
-    with pytest.raises(DataError, match=r"data.tokenizer = .* makes other tokens"):
+    with pytest.raises(DataError, match="data.tokenizer = .* makes other tokens"):
         train_module.require_same_tokenizer(config, SimpleNamespace(tokenizer=deepseek), tmp_path)
 
 
