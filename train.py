@@ -26,11 +26,10 @@ from dsv3.checkpoint.store import Store
 from dsv3.checkpoint.trained import restore
 from dsv3.cli import Parser
 from dsv3.config import Config
-from dsv3.data import tokenizer
 from dsv3.data.loader import Loader
 from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.progress import progress_bars
-from dsv3.errors import CheckpointError, DataError, MisfitError, UserError, exits_cleanly
+from dsv3.errors import CheckpointError, MisfitError, UserError, exits_cleanly
 from dsv3.evaluation.closing import closing_report
 from dsv3.files import exclusive, write_atomically
 from dsv3.host import keep_freed_memory
@@ -97,8 +96,6 @@ def _train(
             shown.say(f"nothing left to train: step {int(state.step)}")
         with together():
             if is_first() and not ended:
-                if store.steps():
-                    require_same_tokenizer(config, prepared, workdir)
                 write_inputs(config, prepared, workdir)
         with stop.listening():
             state = run.until(state, steps)
@@ -142,18 +139,6 @@ def misfit(config: Config, store: Store, error: MisfitError) -> str:
     shown = [f"{p} is {there.get(p, 'absent')!r} in it and {here.get(p, 'absent')!r} here"
              for p in fields[:4]]  # fmt: skip
     return f"{store.directory} is of another configuration: {'; '.join(shown)}"
-
-
-def require_same_tokenizer(config: Config, prepared: Prepared, workdir: Path) -> None:
-    """Raise DataError where the weights in `workdir` learned other ids than would be trained on."""
-    learned = workdir / "tokenizer.json"
-    if prepared.tokenizer is None or not learned.exists():
-        return
-    if tokenizer.load(learned).digest != prepared.tokenizer.digest:
-        raise DataError(
-            f"data.tokenizer = {config.data.tokenizer!r} makes other tokens than the weights in "
-            f"{workdir} were trained on; bind data.tokenizer to '{learned}', or begin elsewhere"
-        )
 
 
 def write_inputs(config: Config, prepared: Prepared, workdir: Path) -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import chex
 import jax
@@ -19,7 +18,6 @@ import train as train_module
 from dsv3.bindings import apply, operative, parse, read_bindings
 from dsv3.checkpoint.store import Store
 from dsv3.config import Config
-from dsv3.data.tokenizer import Tokenizer, ready_made
 from dsv3.errors import CheckpointError, DataError, TrainingError
 from dsv3.reporting.metrics import read_metrics
 from dsv3.sweeps import param
@@ -104,15 +102,6 @@ def test_other_data_is_refused(config, tmp_path):
     train_module.train(config, tmp_path, steps=2)
     with pytest.raises(DataError, match="other data"):
         train_module.train(apply(config, {"data.seed": 5}), tmp_path, steps=3)
-
-
-def test_a_tokenizer_other_than_the_weights_is_refused(config, tmp_path):
-    """As after an import, which brings its own."""
-    bytes_, deepseek = (Tokenizer(ready_made(name), name) for name in ("bytes", "deepseek"))
-    bytes_.save(tmp_path / "tokenizer.json")
-    train_module.require_same_tokenizer(config, SimpleNamespace(tokenizer=bytes_), tmp_path)
-    with pytest.raises(DataError, match="data.tokenizer = .* makes other tokens"):
-        train_module.require_same_tokenizer(config, SimpleNamespace(tokenizer=deepseek), tmp_path)
 
 
 def test_changed_fields_are_named(config, tmp_path, capsys):

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,7 @@ def of_folder(folder: str | os.PathLike) -> Source:
     found = Folder(folder)
     weights = found.weights
     scales = {name: functools.partial(weights.read_scales, name) for name in weights.scales}
-    mains = hub.copies(found.config.model)  # the folder may lack the copies
-
-    def read(piece: hub.Piece) -> np.ndarray:
-        main = piece._replace(tensor=mains.get(piece.tensor, piece.tensor))
-        return found.read_piece(main, np.dtype(np.float32))
-
+    read = functools.partial(found.read_piece, dtype=np.dtype(np.float32))
     quantization = weights.quantization if scales else None
     return Source(found.config, read, quantization, scales, found.path)
 
@@ -138,8 +133,6 @@ def _kept_scales(file: Path) -> tuple[Quantization | None, dict[str, Callable[[]
         said = {"quantization_config": json.loads(metadata["quantization_config"])}
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file} is damaged: it has no quantization_config") from None
-    if other := [name for name, tensor in tensors.items() if tensor.dtype != "F32"]:
-        raise CheckpointError(f"{file} is damaged: {other[0]!a} is not in FP32")
     found = hub_config.quantization_of(said, str(file))
     return found, {name: tensor.read for name, tensor in tensors.items()}
 
@@ -175,9 +168,6 @@ def export(
     pieces = {piece.tensor: piece for piece in in_file_order(source.config.model)}
     quantized = projections(pieces.values())
     if source.quantization is not None:
-        if strange := source.scales.keys() - pieces.keys():
-            raise CheckpointError(f"scales of {min(strange)!a}, which the model does not have")
-        source = _with_copied_scales(source)
         quantized = source.scales.keys() & pieces.keys()
     entries = plan(pieces.values(), DTYPES[dtype], quantization, quantized)
     needed = sum(entry.nbytes for entry in entries.values())
@@ -188,13 +178,6 @@ def export(
         (making / "config.json").write_text(json.dumps(fields | ids, indent=2) + "\n")
         chunks = _chunks(source, pieces, entries, quantization)
         _write_shards(making, list(shards(entries, shard_bytes)), chunks, progress)
-
-
-def _with_copied_scales(source: Source) -> Source:
-    """`source` with the scales of embedding and head for their copies too, which are the same."""
-    copies = hub.copies(source.config.model).items()
-    of_copies = {c: source.scales[main] for c, main in copies if main in source.scales}
-    return replace(source, scales={**source.scales, **of_copies})
 
 
 def in_file_order(model: Model) -> Iterator[hub.Piece]:
@@ -262,8 +245,6 @@ def _chunks(
         tensor = ours.T if piece.transposed else ours
         if tensor.shape != piece.shape:
             raise CheckpointError(f"{piece.parameter} does not fit config.gin: {ours.shape}")
-        if not np.isfinite(ours.sum(dtype=np.float64)):
-            raise CheckpointError(f"{name} is not finite: such weights are not exported")
         if quantization is None or entries[name].dtype != FP8:
             for rows in _rows(tensor, 1):
                 yield _narrowed(_turned(tensor[rows]), entries[name].dtype)
@@ -345,7 +326,6 @@ def _kept_where_exact(
     same = values.astype(jnp.float32) * spread(kept) == w
     padded = jnp.pad(same, ((0, -rows % block[0]), (0, -columns % block[1])), constant_values=True)
     exact = padded.reshape(kept.shape[0], block[0], kept.shape[1], block[1]).all(axis=(1, 3))
-    exact &= (kept > 0) & jnp.isfinite(kept)
     fresh = fp8.quantize(w, block, power_of_two=power_of_two)
     return fp8.Quantized(
         jnp.where(spread(exact), values, fresh.values), jnp.where(exact, kept, fresh.scales)

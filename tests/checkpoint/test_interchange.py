@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3.checkpoint import exporting, hub, huggingface
+from dsv3.checkpoint import exporting, huggingface
 from dsv3.checkpoint.safetensors_file import read_header
 from dsv3.checkpoint.store import Store
 from dsv3.checkpoint.trained import from_workdir, restore
@@ -24,7 +24,6 @@ from tests.checkpoint.folders import (
     assert_same_tensors,
     edit_config,
     edit_tensors,
-    rewrite,
     stored,
 )
 
@@ -130,38 +129,6 @@ def test_an_import_holds_weights_alone_and_training_begins_from_them(tmp_path):
     store.save(7, begun, {})
     assert restore(trained.config, store).step == 7
     jax.tree.map(np.testing.assert_array_equal, restore(trained.config, store).state, begun)
-
-
-@pytest.mark.parametrize("how", [["--dtype", "float32"], ["--fp8"]], ids=["float32", "fp8"])
-def test_a_folder_without_copies_is_exported_with_them(sharded, tmp_path, how):
-    copies = hub.copies(huggingface.load(sharded)[0].model)
-    rewrite(sharded, lambda tensors: [tensors.pop(copy) for copy in copies])
-    run("export", "--hf", sharded, "--out", tmp_path / "out", *how)
-    assert copies.keys() <= stored(tmp_path / "out").keys()
-    for mine, theirs in zip(
-        jax.tree.leaves(huggingface.load(sharded)[1].head),
-        jax.tree.leaves(huggingface.load(tmp_path / "out", dtype=np.float32)[1].head),
-        strict=True,
-    ):
-        np.testing.assert_allclose(mine, theirs, rtol=2**-8)
-
-
-def test_weights_that_are_not_finite_are_not_exported(folder, tmp_path, capsys):
-    def spoil(tensors):
-        tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = np.nan
-
-    edit_tensors(folder, spoil)
-    with pytest.raises(SystemExit) as ended:
-        run("export", "--hf", folder, "--out", tmp_path / "out")
-    assert ended.value.code == 2 and not (tmp_path / "out").exists()
-    assert "model.layers.1.self_attn.o_proj.weight is not finite" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("size", ["nan", "inf", "0"])
-def test_a_size_of_shards_that_cannot_be(folder, tmp_path, capsys, size):
-    with pytest.raises(SystemExit) as ended:
-        run("export", "--hf", folder, "--out", tmp_path / "out", "--shard-gb", size)
-    assert ended.value.code == 2 and "--shard-gb" in capsys.readouterr().err
 
 
 def test_the_average_is_exported_where_there_is_one(tmp_path, capsys):
