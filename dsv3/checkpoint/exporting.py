@@ -19,7 +19,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,11 +165,9 @@ def export(
     if fp8:
         quantization = source.quantization or Quantization(hub_config.DEEPSEEK_FP8)
     fields = hub_config.fields_of(source.config, dtype, quantization)
-    pieces = {piece.tensor: piece for piece in in_file_order(source.config.model)}
-    quantized = projections(pieces.values())
-    if source.quantization is not None:
-        quantized = source.scales.keys() & pieces.keys()
-    entries = plan(pieces.values(), DTYPES[dtype], quantization, quantized)
+    pieces = in_file_order(source.config.model)
+    quantized = projections(pieces) if source.quantization is None else source.scales.keys()
+    entries = plan(pieces, DTYPES[dtype], quantization, quantized)
     needed = sum(entry.nbytes for entry in entries.values())
     with appearing(out) as making:
         if shutil.disk_usage(making).free < needed:
@@ -180,28 +178,31 @@ def export(
         _write_shards(making, list(shards(entries, shard_bytes)), chunks, progress)
 
 
-def in_file_order(model: Model) -> Iterator[hub.Piece]:
-    """Every tensor of the layout, copies included: the embedding, layer by layer, norm and head."""
+def in_file_order(model: Model) -> dict[str, hub.Piece]:
+    """Every tensor of the layout: the embedding, layer by layer, norm and head. A copy has the
+    piece of its main tensor, so it is read, and written, as that is."""
     abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), model))
     shapes = {name: leaf.shape for name, leaf in name_leaves(abstract).items()}
     pieces = {piece.tensor: piece for piece in hub.pieces(model, shapes)}
-    for copy, main in hub.copies(model).items():
-        pieces[copy] = pieces[main]._replace(tensor=copy)
-    yield from sorted(pieces.values(), key=lambda piece: hub.layer_of(piece.tensor))
+    pieces |= {copy: pieces[main] for copy, main in hub.copies(model).items()}
+    return {name: pieces[name] for name in sorted(pieces, key=hub.layer_of)}
 
 
-def projections(pieces: Iterable[hub.Piece]) -> set[str]:
+def projections(tensors: Iterable[str]) -> set[str]:
     """The tensors that the released checkpoint has in FP8."""
-    return {piece.tensor for piece in pieces if hub.QUANTIZED.fullmatch(piece.tensor)}
+    return {name for name in tensors if hub.QUANTIZED.fullmatch(name)}
 
 
 def plan(
-    pieces: Iterable[hub.Piece], dtype: str, quantization: Quantization | None, quantized: set[str]
+    pieces: Mapping[str, hub.Piece],
+    dtype: str,
+    quantization: Quantization | None,
+    quantized: Collection[str],
 ) -> dict[str, Entry]:
     """What each tensor is on disk; scales follow their weight."""
     entries = {}
-    for name, shape, *_ in pieces:
-        if quantization is not None and name in quantized:
+    for name, (tensor, shape, *_) in pieces.items():
+        if quantization is not None and tensor in quantized:
             grid = tuple(-(-n // b) for n, b in zip(shape, quantization.block, strict=True))
             entries |= {name: Entry(FP8, shape), hub.scale_of(name): Entry("F32", grid)}
         else:
@@ -249,7 +250,7 @@ def _chunks(
             for rows in _rows(tensor, 1):
                 yield _narrowed(_turned(tensor[rows]), entries[name].dtype)
             continue
-        kept, scales = _fitting(source, name, entries), []
+        kept, scales = _fitting(source, piece.tensor, entries), []
         height = quantization.block[0]
         for rows in _rows(tensor, height):
             some = None if kept is None else kept[rows.start // height : -(-rows.stop // height)]

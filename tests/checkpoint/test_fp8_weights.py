@@ -133,6 +133,28 @@ def test_tensors_that_were_not_in_fp8_do_not_become_it(fp8_folder, tmp_path):
     assert_same_tensors(fp8_folder, tmp_path / "out")
 
 
+def test_copies_are_written_as_their_main_tensor_whatever_the_folder_has(fp8_folder, tmp_path):
+    """An MTP layer without its copies, and a head in FP8."""
+    copies = hub.copies(Folder(fp8_folder).config.model)
+
+    def edit(tensors):
+        for copy in copies:
+            del tensors[copy]
+        head = tensors["lm_head.weight"].astype(np.float32)
+        grid = tuple(-(-n // 128) for n in head.shape)
+        tensors["lm_head.weight"] = head.astype(E4M3)
+        tensors[hub.scale_of("lm_head.weight")] = np.ones(grid, np.float32)
+
+    rewrite(fp8_folder, edit)
+    exporting.export(exporting.of_folder(fp8_folder), tmp_path / "out", fp8=True)
+    found = stored(tmp_path / "out")
+    for copy, main in copies.items():
+        assert found[copy].dtype == found[main].dtype
+        assert found[copy].read().tobytes() == found[main].read().tobytes()
+    both = (jax.tree.leaves(huggingface.load(f)[1]) for f in (fp8_folder, tmp_path / "out"))
+    jax.tree.map(np.testing.assert_array_equal, *both)
+
+
 def test_without_the_scales_they_cannot_be_found_again():
     """Why an import keeps them: amax / 448 of w = 448 · s is not s, for about one in ten."""
     s = np.random.default_rng(0).uniform(1, 2, 10_000).astype(np.float32)

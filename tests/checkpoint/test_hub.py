@@ -19,7 +19,7 @@ from tests.checkpoint.folders import CASES, GOLDEN
 def test_tensors_and_bytes_of_the_released_checkpoint():
     """What an export of the 671B model in FP8 is going to write, against spec §1.8 and 2.6."""
     model = deepseek_v3.get_config().model
-    pieces = list(exporting.in_file_order(model))
+    pieces = exporting.in_file_order(model)
     quantization = hub_config.Quantization(hub_config.DEEPSEEK_FP8)
     entries = exporting.plan(pieces, "BF16", quantization, exporting.projections(pieces))
     scales = [name for name in entries if name.endswith("_scale_inv")]
