@@ -33,11 +33,12 @@ from dsv3.bindings import apply, read_bindings
 from dsv3.checkpoint import hub, hub_config
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.hub_config import Quantization
-from dsv3.checkpoint.importing import BESIDE, SCALES, Progress
+from dsv3.checkpoint.importing import BESIDE, SCALES, Progress, read_kept_scales
 from dsv3.checkpoint.manifest import name_leaves
-from dsv3.checkpoint.safetensors_file import METADATA, Entry, Writer, read_header, shards
+from dsv3.checkpoint.safetensors_file import DTYPES as DTYPE_OF
+from dsv3.checkpoint.safetensors_file import METADATA, Entry, Writer, shards
 from dsv3.checkpoint.store import Store
-from dsv3.checkpoint.weights import FP8, INDEX, SINGLE
+from dsv3.checkpoint.weights import FP8, INDEX, SINGLE, usable
 from dsv3.config import Config, Model
 from dsv3.data.tokenizer import SPECIAL_TOKENS
 from dsv3.errors import CheckpointError, nearest
@@ -122,19 +123,16 @@ def of_workdir(
             raise CheckpointError(f"{folder}: the checkpoint does not fit config.gin: no {name}")
         return reader.read(name, piece.index)
 
-    return Source(config, read, *_kept_scales(folder / SCALES), folder)
+    return Source(config, read, *_kept_scales(folder), folder)
 
 
-def _kept_scales(file: Path) -> tuple[Quantization | None, dict[str, Callable[[], np.ndarray]]]:
-    if not file.exists():
+def _kept_scales(workdir: Path) -> tuple[Quantization | None, dict[str, Callable[[], np.ndarray]]]:
+    kept = read_kept_scales(workdir)
+    if kept is None:
         return None, {}
-    tensors, metadata = read_header(file)
-    try:
-        said = {"quantization_config": json.loads(metadata["quantization_config"])}
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file} is damaged: it has no quantization_config") from None
-    found = hub_config.quantization_of(said, str(file))
-    return found, {name: tensor.read for name, tensor in tensors.items()}
+    said = {"quantization_config": json.loads(kept.metadata["quantization_config"])}
+    found = hub_config.quantization_of(said, str(workdir / SCALES))
+    return found, {name: tensor.read for name, tensor in kept.tensors.items()}
 
 
 # --- what will be written ----------------------------------------------------------------------
@@ -248,17 +246,21 @@ def _chunks(
             raise CheckpointError(f"{piece.parameter} does not fit config.gin: {ours.shape}")
         if quantization is None or entries[name].dtype != FP8:
             for rows in _rows(tensor, 1):
-                yield _narrowed(_turned(tensor[rows]), entries[name].dtype)
+                part = _turned(tensor[rows])
+                _require_finite(name, part, entries[name].dtype)
+                yield _narrowed(part, entries[name].dtype)
             continue
         kept, scales = _fitting(source, piece.tensor, entries), []
         height = quantization.block[0]
         for rows in _rows(tensor, height):
             some = None if kept is None else kept[rows.start // height : -(-rows.stop // height)]
-            found = _quantized(
-                _turned(tensor[rows]), some, quantization.block, quantization.power_of_two
-            )
-            yield np.asarray(found.values)
+            part = _turned(tensor[rows])
+            _require_finite(name, part, "F32")
+            found = _quantized(part, some, quantization.block, quantization.power_of_two)
             scales.append(np.asarray(found.scales))
+            if not np.all(usable(scales[-1])):
+                raise CheckpointError(f"{name} is too large for FP8: its scale is no FP32 number")
+            yield np.asarray(found.values)
         yield np.concatenate(scales)
 
 
@@ -287,11 +289,20 @@ def _turned(part: np.ndarray) -> np.ndarray:
     return out
 
 
+def _require_finite(name: str, part: np.ndarray, dtype: str) -> None:
+    """CheckpointError unless `part` holds numbers, and does so in `dtype`; extremes keep NaN."""
+    if part.size:
+        for extreme in part.min(), part.max():
+            with np.errstate(over="ignore"):
+                if not np.isfinite(np.float32(np.asarray(extreme).astype(DTYPE_OF[dtype]))):
+                    raise CheckpointError(f"{name} holds {extreme}, which {dtype} cannot hold")
+
+
 def _narrowed(part: np.ndarray, dtype: str) -> np.ndarray:
-    """In FP32, or rounded to the nearest BF16, ties to even; NaN stays NaN."""
+    """In FP32, or rounded to the nearest BF16, ties to even; of finite numbers."""
     if dtype == "F32":
         return part.astype(np.float32, copy=False)
-    if part.dtype != np.float32 or np.isnan(part.sum()):  # the library's cast, 4 times slower
+    if part.dtype != np.float32:  # the library's cast, 4 times slower
         return part.astype(ml_dtypes.bfloat16)
     bits = part.view(np.uint32)
     return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)

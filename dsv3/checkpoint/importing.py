@@ -7,10 +7,12 @@ and average begin when training does (`trained.restore`).
 Weights in FP8 also leave their scales there, in `scales.safetensors`. An export could not find them
 again: of dequantised values amax / 448 is another FP32 number than the scale for one block in ten,
 and for every block of a quantiser that clamped amax, rounded the scale or remembered an older one.
-Divided by the scale that it had, a weight that did not change gives its E4M3 number again.
+Divided by the scale that it had, a weight that did not change gives its E4M3 number again. There is
+a SHA-256 beside them, for an export to find whether they are as they were left.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +29,7 @@ from dsv3.bindings import operative
 from dsv3.checkpoint import hub
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.manifest import name_leaves
-from dsv3.checkpoint.safetensors_file import Entry, Writer
+from dsv3.checkpoint.safetensors_file import Contents, Entry, Writer, read_header
 from dsv3.checkpoint.store import Store
 from dsv3.checkpoint.weights import Weights
 from dsv3.config import Config
@@ -36,6 +38,7 @@ from dsv3.files import appearing
 from dsv3.training import state
 
 SCALES = "scales.safetensors"
+SUM = f"{SCALES}.sha256"  # as sha256sum writes it
 BESIDE = (  # what servers want to know, taken along as it is
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
     "special_tokens_map.json",
@@ -134,3 +137,22 @@ def _keep_scales(weights: Weights, file: Path) -> None:
     with Writer(file, entries, said) as writer:
         for name in entries:
             writer.write(weights.read_scales(name))
+    file.with_name(SUM).write_text(_sum_of(file))
+
+
+def read_kept_scales(workdir: Path) -> Contents | None:
+    """What `_keep_scales` left in a workdir, if anything. CheckpointError unless it is all that."""
+    file, beside = workdir / SCALES, workdir / SUM
+    if not file.exists() and not beside.exists():
+        return None
+    try:
+        if beside.read_bytes() != _sum_of(file).encode():
+            raise CheckpointError(f"{file} is damaged: it does not match {SUM}")
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return read_header(file)
+
+
+def _sum_of(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.name}\n"

@@ -33,6 +33,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FP8 = "F8_E4M3"
 CHUNK_BYTES = 1 << 22  # as stored, at most, but for one row
 TILE = 128  # columns converted at once, of at most 4 as many rows: small enough for the cache
+FP32 = np.finfo(np.float32)
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
@@ -106,12 +107,14 @@ class Weights:
         return tuple(-(-n // b) for n, b in zip(shape, self.quantization.block, strict=True))
 
     def read_scales(self, name: str) -> np.ndarray:
-        """The FP32 scales of a weight in FP8; CheckpointError unless all are positive."""
+        """The FP32 scales of a weight in FP8; CheckpointError unless all are positive,
+        neither subnormal nor so large that 448 times it is no FP32 number."""
         scales = self.scales[name].read()
-        if not np.all((scales > 0) & (scales < np.inf)):
-            wrong = scales[~((scales > 0) & (scales < np.inf))][0]
+        if not np.all(usable(scales)):
+            wrong = scales[~usable(scales)][0]
+            fault = "no usable scale" if 0 < wrong < np.inf else "no positive number"
             raise CheckpointError(
-                f"{self.scales[name].file}: {hub.scale_of(name)} holds {wrong}, no positive number"
+                f"{self.scales[name].file}: {hub.scale_of(name)} holds {wrong}, {fault}"
             )
         return scales
 
@@ -186,6 +189,11 @@ class Weights:
                 values, of_row[:, block, None], out=chunk.out[:, begin - start : end - start],
                 casting="same_kind",
             )  # fmt: skip
+
+
+def usable(scales: np.ndarray) -> np.ndarray:
+    """Where E4M3 · scale and its division by the scale are exact in FP32."""
+    return (scales >= FP32.tiny) & (scales <= FP32.max / 448)
 
 
 def _widened(stored: np.ndarray, dtype: np.dtype) -> np.ndarray:

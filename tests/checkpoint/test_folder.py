@@ -139,6 +139,8 @@ def float32(value):
         (float32(np.nan), f"{SCALES} holds nan, no positive number"),
         (float32(np.inf), f"{SCALES} holds inf, no positive number"),
         (float32(0), f"{SCALES} holds 0.0, no positive number"),
+        (float32(2**-127), f"{SCALES} holds 5.877471754111438e-39, no usable scale"),
+        (float32(2.0**120), f"{SCALES} holds 1.329227995784916e+36, no usable scale"),
         (float32(-1), f"{SCALES} holds -1.0, no positive number"),
         (lambda t: t[WEIGHT].view("u1").__setitem__((135, 159), 0xFF), f"{WEIGHT} holds NaN"),
         (

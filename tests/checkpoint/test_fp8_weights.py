@@ -9,11 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3.checkpoint import exporting, hub, huggingface
+from dsv3.checkpoint import exporting, hub, hub_config, huggingface
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.hub_config import DEEPSEEK_FP8
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.safetensors_file import METADATA, save
+from dsv3.errors import CheckpointError
 from dsv3.evaluation.logits import logits
 from tests.checkpoint.folders import (
     GOLDEN,
@@ -236,3 +237,26 @@ def test_a_large_tensor_is_the_same_in_one_chunk_or_many(monkeypatch, tmp_path):
         if name in found.headers and name not in found.scales:
             np.testing.assert_array_equal(found.read(name), tensor.read())
     save(tmp_path / "again", {n: found.read(n) for n in found.scales}, METADATA)
+
+
+@pytest.mark.parametrize("how", [{"fp8": True}, {"dtype": "float32"}, {}])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 3.4e38])
+def test_what_is_no_number_is_refused(tmp_path, how, value):
+    sound = exporting.of_folder(GOLDEN / "fp8")
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def harmed(piece):
+        w = sound.read(piece)
+        if piece.tensor == name:
+            w[5, 7] = value
+        return w
+
+    source = dataclasses.replace(sound, read=harmed)
+    if value == 3.4e38:  # a number, but neither in BF16 nor with a power of two as its scale
+        if how == {"dtype": "float32"}:
+            return exporting.export(source, tmp_path / "out", **how)
+        said = {"scale_fmt": "ue8m0"} | DEEPSEEK_FP8
+        source = dataclasses.replace(source, quantization=hub_config.Quantization(said))
+    with pytest.raises(CheckpointError, match=name):
+        exporting.export(source, tmp_path / "out", **how)
+    assert not list(tmp_path.iterdir())

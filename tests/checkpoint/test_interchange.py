@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dsv3.checkpoint import exporting, huggingface
+from dsv3.checkpoint.importing import SCALES, SUM
 from dsv3.checkpoint.safetensors_file import read_header
 from dsv3.checkpoint.store import Store
 from dsv3.checkpoint.trained import from_workdir, restore
@@ -97,6 +98,22 @@ def test_import_and_export_and_import_is_bit_exact(tmp_path, case, how):
     one, other = (from_workdir(workdir, pytest.fail) for workdir in (first, second))
     assert one.config.model == other.config.model
     jax.tree.map(np.testing.assert_array_equal, one.model, other.model)
+
+
+@pytest.mark.parametrize("file", [SCALES, SUM])
+def test_a_flipped_bit_in_the_scales_of_an_import_is_found(tmp_path, capsys, file):
+    file = imported(GOLDEN / "fp8", tmp_path) / file
+    sound = file.read_bytes()
+    for place in (0, len(sound) // 3, len(sound) - 1):
+        harmed = bytearray(sound)
+        harmed[place] ^= 128
+        file.write_bytes(harmed)
+        with pytest.raises(CheckpointError, match=f"{SCALES} is damaged"):
+            exporting.of_workdir(file.parent, pytest.fail)
+    file.unlink()
+    with pytest.raises(SystemExit):
+        run("export", "--workdir", file.parent, "--out", tmp_path / "out", "--fp8")
+    assert f"{file} cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_files_are_as_large_as_allowed_and_indexed(tmp_path):
