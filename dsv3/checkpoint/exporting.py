@@ -2,8 +2,7 @@
 
 It comes from a run's workdir, its live parameters or their average, from a model in memory or from
 another folder of the hub. MTP layers follow the main ones, with copies of embedding and head. What
-is written besides weights: config.json and, where there is a tokenizer, its files and
-generation_config.json.
+is written besides weights: config.json, and what a tokenizer comes with (`beside`).
 
 In FP8 (§3.3, spec §2.6) a block of a projection becomes
 
@@ -30,17 +29,16 @@ import ml_dtypes
 import numpy as np
 
 from dsv3.bindings import apply, read_bindings
-from dsv3.checkpoint import hub, hub_config
+from dsv3.checkpoint import beside, hub, hub_config
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.hub_config import Quantization
-from dsv3.checkpoint.importing import BESIDE, SCALES, Progress, read_kept_scales
+from dsv3.checkpoint.importing import SCALES, Progress, read_kept_scales
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.safetensors_file import DTYPES as DTYPE_OF
 from dsv3.checkpoint.safetensors_file import METADATA, Entry, Writer, shards
 from dsv3.checkpoint.store import Store
 from dsv3.checkpoint.weights import FP8, INDEX, SINGLE, usable
 from dsv3.config import Config, Model
-from dsv3.data.tokenizer import SPECIAL_TOKENS
 from dsv3.errors import CheckpointError, nearest
 from dsv3.files import appearing
 from dsv3.model.transformer import Transformer
@@ -59,6 +57,7 @@ class Source:
     read: the part of a parameter that a tensor is made of, as ours, [inputs, outputs]
     quantization, scales: of the checkpoint that was imported, if it was in FP8; by tensor
     folder: where the tokenizer's files are, if anywhere
+    ids: of special tokens, as the checkpoint that was imported names them
     """
 
     config: Config
@@ -66,6 +65,7 @@ class Source:
     quantization: Quantization | None = None
     scales: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
     folder: Path | None = None
+    ids: Mapping[str, Any] = field(default_factory=dict)
 
 
 def of_model(config: Config, model: Transformer) -> Source:
@@ -94,7 +94,7 @@ def of_folder(folder: str | os.PathLike) -> Source:
     scales = {name: functools.partial(weights.read_scales, name) for name in weights.scales}
     read = functools.partial(found.read_piece, dtype=np.dtype(np.float32))
     quantization = weights.quantization if scales else None
-    return Source(found.config, read, quantization, scales, found.path)
+    return Source(found.config, read, quantization, scales, found.path, found.ids)
 
 
 def of_workdir(
@@ -123,7 +123,7 @@ def of_workdir(
             raise CheckpointError(f"{folder}: the checkpoint does not fit config.gin: no {name}")
         return reader.read(name, piece.index)
 
-    return Source(config, read, *_kept_scales(folder), folder)
+    return Source(config, read, *_kept_scales(folder), folder, beside.kept_ids(folder))
 
 
 def _kept_scales(workdir: Path) -> tuple[Quantization | None, dict[str, Callable[[], np.ndarray]]]:
@@ -170,7 +170,7 @@ def export(
     with appearing(out) as making:
         if shutil.disk_usage(making).free < needed:
             raise CheckpointError(f"{out.parent} has no room for {needed / 1e9:.1f} GB")
-        ids = _write_beside(source, making)
+        ids = beside.write(source.folder, source.ids, source.config.model.vocab, making)
         (making / "config.json").write_text(json.dumps(fields | ids, indent=2) + "\n")
         chunks = _chunks(source, pieces, entries, quantization)
         _write_shards(making, list(shards(entries, shard_bytes)), chunks, progress)
@@ -342,51 +342,3 @@ def _kept_where_exact(
     return fp8.Quantized(
         jnp.where(spread(exact), values, fresh.values), jnp.where(exact, kept, fresh.scales)
     )
-
-
-# --- tokenizer ---------------------------------------------------------------------------------
-
-
-def _write_beside(source: Source, out: Path) -> dict[str, Any]:
-    """Write the tokenizer's files, if there are any; the special ids that config.json names."""
-    ids = {"bos_token_id": 0, "eos_token_id": 1}  # of the released tokenizer
-    if source.folder is None or not (source.folder / "tokenizer.json").exists():
-        return ids
-    for name in BESIDE:
-        if (source.folder / name).exists():
-            shutil.copyfile(source.folder / name, out / name)
-    path = source.folder / "tokenizer.json"
-    added, size = _read_tokenizer(path)
-    vocab = source.config.model.vocab
-    if size > vocab:
-        raise CheckpointError(f"{path} has {size} ids, more than model.vocab = {vocab}")
-    tokens = {f"{name}_token": SPECIAL_TOKENS[name] for name in ("bos", "eos", "pad")}
-    tokens = {name: token for name, token in tokens.items() if token in added}
-    ids |= {f"{name}_id": added[token]["id"] for name, token in tokens.items()}
-    keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    described = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **tokens,
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {
-            str(t["id"]): {k: t[k] for k in keys if k in t} for t in added.values()
-        },
-    }
-    for name, content in (("tokenizer_config.json", described), ("generation_config.json", ids)):
-        if not (out / name).exists():
-            (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    return ids
-
-
-def _read_tokenizer(path: Path) -> tuple[dict[str, dict], int]:
-    """Added tokens by content, and the number that all ids are below."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        added = {token["content"]: token for token in content.get("added_tokens") or []}
-        vocab = (content.get("model") or {}).get("vocab") or {}
-        ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
-        return added, max([*ids, *(token["id"] for token in added.values())], default=-1) + 1
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no tokenizer.json: {error}") from None

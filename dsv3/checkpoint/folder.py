@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3.checkpoint import hub, hub_config
+from dsv3.checkpoint import beside, hub, hub_config
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.safetensors_file import DTYPES
 from dsv3.checkpoint.weights import Target, Weights, read_json
@@ -24,7 +24,8 @@ from dsv3.model.transformer import Transformer
 
 
 class Folder:
-    """A checkpoint of the hub, found sound by its headers: `config`, and parameters by dotted path.
+    """A checkpoint of the hub, found sound by its headers: `config`, parameters by dotted path,
+    and the `ids` of special tokens.
 
     Raises CheckpointError, one line naming the file, field or tensor, for whatever is wrong.
     """
@@ -34,6 +35,7 @@ class Folder:
         origin = str(self.path / "config.json")
         fields = read_json(self.path / "config.json")
         config = hub_config.config_of(fields, origin)
+        self.ids = beside.ids_of(fields, origin)
         self.weights = Weights(self.path, hub_config.quantization_of(fields, origin))
         if not any(hub.in_mtp_layer(config.model, name) for name in self.weights.headers):
             model = dataclasses.replace(config.model, mtp_depths=0)

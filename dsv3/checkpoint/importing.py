@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import jax
 import numpy as np
 
 from dsv3.bindings import operative
-from dsv3.checkpoint import hub
+from dsv3.checkpoint import beside, hub
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.safetensors_file import Contents, Entry, Writer, read_header
@@ -39,10 +38,6 @@ from dsv3.training import state
 
 SCALES = "scales.safetensors"
 SUM = f"{SCALES}.sha256"  # as sha256sum writes it
-BESIDE = (  # what servers want to know, taken along as it is
-    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
-    "special_tokens_map.json",
-)  # fmt: skip
 Progress = Callable[[str, int, int | None], None]  # what, done, in all
 
 
@@ -103,9 +98,8 @@ def import_checkpoint(
         config = dataclasses.replace(config, data=data)
     with appearing(workdir) as making:
         (making / "config.gin").write_text(operative(config))
-        for name in BESIDE:
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, making / name)
+        beside.copy(folder, making)
+        beside.keep_ids(found.ids, making)
         _keep_scales(found.weights, making / SCALES)
         origin = {"loader": None, "sequences_read": 0, "config": operative(config)}
         store = Store(making / "checkpoints", config.checkpoint.keep, warn=print)
@@ -115,7 +109,8 @@ def import_checkpoint(
 
 def _streamed(found: Folder, progress: Progress | None) -> state.Weights:
     """The parameters, each to be read when it is saved."""
-    total, read = sum(tensor.nbytes for tensor in found.weights.headers.values()), 0
+    headers, read = found.weights.headers, 0
+    total = sum(headers[p.tensor].nbytes for pieces in found.pieces.values() for p in pieces)
 
     def done(size: int) -> None:
         nonlocal read

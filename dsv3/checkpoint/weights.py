@@ -61,7 +61,7 @@ class Weights:
         index = _read_index(folder)
         found: dict[str, Tensor] = {}
         for file in sorted(set(index.values())) or [SINGLE]:
-            for name, tensor in read_header(_inside(folder, file)).tensors.items():
+            for name, tensor in read_header(inside(folder, file)).tensors.items():
                 if name in found:
                     files = f"{found[name].file.name} and in {file}"
                     raise CheckpointError(f"{folder}: {name} stands in {files}")
@@ -225,22 +225,35 @@ def _read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-def _inside(folder: Path, file: str) -> Path:
-    """The file's path; CheckpointError where a link leads out of the folder.
+def inside(folder: Path, file: str) -> Path:
+    """The file's path; CheckpointError where a link leads out of the folder, or to no file.
 
     A snapshot in the hub's cache is a folder of links into the `blobs` two levels above it.
     """
-    home, target = folder.resolve(), (folder / file).resolve()
+    path = folder / file
+    try:
+        home, target, odd = folder.resolve(), path.resolve(), _is_odd(path)
+    except (ValueError, RuntimeError):  # a NUL, half a character, a link to itself
+        raise CheckpointError(f"{str(path)!r} is no name of a file") from None
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(target.is_relative_to(allowed) for allowed in homes):
-        raise CheckpointError(f"{folder / file} is a link that leads outside the folder")
-    return folder / file
+        raise CheckpointError(f"{path} is a link that leads outside the folder")
+    if odd:
+        raise CheckpointError(f"{path} is no regular file")
+    return path
+
+
+def _is_odd(path: Path) -> bool:
+    """Whether it is something that to open could wait for ever, or never end."""
+    return path.exists() and not path.is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError naming the file for anything else."""
+    if _is_odd(path):
+        raise CheckpointError(f"{path} is no regular file")
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -248,3 +261,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from tests.checkpoint.folders import (
     assert_same_tensors,
     edit_config,
     edit_tensors,
+    refusal,
     stored,
 )
 
@@ -245,6 +247,36 @@ def test_a_tokenizer_comes_with_what_servers_read(tmp_path):
     run("import", "--hf", tmp_path / "out", "--workdir", tmp_path / "second")
     run("export", "--workdir", tmp_path / "second", "--out", tmp_path / "third")
     assert (tmp_path / "third" / "generation_config.json").read_text() == '{"temperature": 0.3}'
+
+
+def test_ids_and_files_go_through_an_import_without_a_tokenizer(folder, tmp_path):
+    edit_config(folder, bos_token_id=11, eos_token_id=[12, 13], pad_token_id=14)
+    (folder / "generation_config.json").write_text('{"temperature": 0.3}')
+    run("export", "--workdir", imported(folder, tmp_path), "--out", tmp_path / "out")
+    run("export", "--hf", folder, "--out", tmp_path / "converted")
+    for out in (tmp_path / "out", tmp_path / "converted"):
+        said = json.loads((out / "config.json").read_text())
+        ids = {name: value for name, value in said.items() if name.endswith("_token_id")}
+        assert ids == {"bos_token_id": 11, "eos_token_id": [12, 13], "pad_token_id": 14}
+        assert (out / "generation_config.json").read_text() == '{"temperature": 0.3}'
+    exporting.export(exporting.of_model(*huggingface.load(folder)), tmp_path / "model")
+    assert "_token_id" not in (tmp_path / "model" / "config.json").read_text()
+    edit_config(folder, eos_token_id="</s>")
+    assert "eos_token_id = '</s>' is no id" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "config.json"])
+def test_what_is_no_file_of_the_folder_is_neither_copied_nor_waited_for(folder, tmp_path, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+        huggingface.import_checkpoint(folder, tmp_path / "workdir")
+    if name == "chat_template.jinja":
+        (folder / name).unlink()
+        (folder / name).symlink_to("/etc/hostname")
+        with pytest.raises(CheckpointError, match=f"{name} is a link that leads outside"):
+            exporting.export(exporting.of_folder(folder), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def wide_vocabulary(tmp_path):
