@@ -29,7 +29,7 @@ from dsv3.config import Config
 from dsv3.data.loader import Loader
 from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.progress import progress_bars
-from dsv3.errors import CheckpointError, MisfitError, UserError, exits_cleanly
+from dsv3.errors import CheckpointError, DataError, MisfitError, UserError, exits_cleanly
 from dsv3.evaluation.closing import closing_report
 from dsv3.files import exclusive, write_atomically
 from dsv3.host import keep_freed_memory
@@ -96,6 +96,8 @@ def _train(
             shown.say(f"nothing left to train: step {int(state.step)}")
         with together():
             if is_first() and not ended:
+                if store.steps():
+                    require_same_tokenizer(config, prepared, workdir / "tokenizer.json")
                 write_inputs(config, prepared, workdir)
         with stop.listening():
             state = run.until(state, steps)
@@ -139,6 +141,16 @@ def misfit(config: Config, store: Store, error: MisfitError) -> str:
     shown = [f"{p} is {there.get(p, 'absent')!r} in it and {here.get(p, 'absent')!r} here"
              for p in fields[:4]]  # fmt: skip
     return f"{store.directory} is of another configuration: {'; '.join(shown)}"
+
+
+def require_same_tokenizer(config: Config, prepared: Prepared, saved: Path) -> None:
+    """Raise DataError where the checkpoint's model reads and writes by another tokenizer."""
+    ours = prepared.tokenizer
+    if ours and saved.exists() and saved.read_text("utf-8", "replace") != ours.definition:
+        raise DataError(
+            f"data.tokenizer = {config.data.tokenizer!r} is not {saved}, which the checkpoints in "
+            f"{saved.parent} are of: train on with --set data.tokenizer={saved}"
+        )
 
 
 def write_inputs(config: Config, prepared: Prepared, workdir: Path) -> None:

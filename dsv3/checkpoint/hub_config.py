@@ -59,6 +59,7 @@ ONLY = {  # fields of which one value is implemented; absent or null means that 
 ONLY_ROPE = {"truncate": True, "partial_rotary_factor": 1}
 SECTIONS = {"model": Model, "model.mla": Mla, "model.moe": Moe, "model.mla.yarn": Yarn}
 ONLY_QUANTIZED = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+LONGEST = 1 << 31
 SCALE_FORMATS = (None, "ue8m0")
 DEEPSEEK_FP8 = {**ONLY_QUANTIZED, "weight_block_size": [128, 128]}
 
@@ -115,7 +116,9 @@ def _bindings(fields: Mapping[str, Any]) -> dict[str, Any]:
     values = {path: conform(fields[name], _type(path), name) for path, name in FIELDS.items()}
     layers, experts = values["model.layers"], values["model.moe.routed_experts"]
     in_group = experts // max(values["model.moe.groups"], 1)
-    depths = fields.get("num_nextn_predict_layers", fields.get("num_mtp_layers"))
+    for name in ("num_nextn_predict_layers", "num_mtp_layers"):
+        if depths := conform(fields.get(name), int | None, name):
+            break
     return values | {
         "model.dense_layers": min(values["model.dense_layers"], layers),
         "model.moe.group_score_experts": max(min(2, in_group), 1),
@@ -141,10 +144,12 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known and value not in (None, ONLY_ROPE.get(name)):
             raise ConfigError(f"{spelling}.{name} = {value!r} is not supported")
     length = conform(fields.get("max_position_embeddings", 4096), int, "max_position_embeddings")
-    half = fields.get("rope_interleave") is False
+    if not 0 < length < LONGEST:
+        raise ConfigError(f"max_position_embeddings = {length:.3g} is no length")
+    interleave = conform(fields.get("rope_interleave"), bool | None, "rope_interleave")
     bindings = {
         "model.mla.rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10_000.0)),
-        "model.mla.rope_layout": "half" if half else "interleaved",
+        "model.mla.rope_layout": "half" if interleave is False else "interleaved",
         "training.sequence_length": length,
     }
     if kind == "default":
@@ -162,6 +167,9 @@ def _with_yarn_defaults(given: Mapping[str, Any], length: int) -> dict[str, Any]
     m(1) where either is not given; the softmax by m(mscale_all_dim)² where that is.
     """
     original = given["original_max_position_embeddings"] or length
+    if not 0 < original < LONGEST:
+        name = "original_max_position_embeddings"
+        raise ConfigError(f"rope_scaling.{name} = {original:.3g} is no length")
     factor = given["factor"] or length / original
     mscale, all_dim = given["mscale"], given["mscale_all_dim"] or 0.0
     if not all_dim:

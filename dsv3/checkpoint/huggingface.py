@@ -14,6 +14,7 @@ not at all; what was interrupted begins anew.
 
 import argparse
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,8 +77,8 @@ def run_import(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     if options.ema and options.hf:
         raise UserError("--ema belongs to --workdir: a Hugging Face folder holds no average")
-    if options.shard_gb <= 0:
-        raise UserError(f"--shard-gb {options.shard_gb} must be positive")
+    if not 0 < options.shard_gb < math.inf:
+        raise UserError(f"--shard-gb {options.shard_gb} must be a positive number")
     if options.hf:
         source = exporting.of_folder(options.hf)
     else:

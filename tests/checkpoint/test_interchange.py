@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import train
 from dsv3.checkpoint import exporting, huggingface
 from dsv3.checkpoint.importing import SCALES, SUM
 from dsv3.checkpoint.safetensors_file import read_header
@@ -277,6 +278,26 @@ def test_what_is_no_file_of_the_folder_is_neither_copied_nor_waited_for(folder, 
         with pytest.raises(CheckpointError, match=f"{name} is a link that leads outside"):
             exporting.export(exporting.of_folder(folder), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_training_on_with_another_tokenizer_is_refused(tmp_path, capsys):
+    edit_config(folder := wide_vocabulary(tmp_path), vocab_size=272)
+    mine = json.dumps(json.loads(ready_made("bytes")))
+    (folder / "tokenizer.json").write_text(mine)
+    workdir, corpus = imported(folder, tmp_path), tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(20):
+        (corpus / f"{i}.txt").write_text(f"{i}: " + "some text to read " * 50)
+    with pytest.raises(SystemExit) as ended:
+        train.main([
+            "configs/tiny.py", "--workdir", str(workdir), "--bindings", str(workdir / "config.gin"),
+            "--set", f"data.corpus='{corpus}'", "--set", f"data.cache='{tmp_path / 'cache'}'",
+            "--set", "data.tokenizer='bytes'",
+        ])  # fmt: skip
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: data.tokenizer = 'bytes' is not {workdir / 'tokenizer.json'}")
+    assert (workdir / "tokenizer.json").read_text() == mine
 
 
 def wide_vocabulary(tmp_path):
