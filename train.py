@@ -146,7 +146,7 @@ def misfit(config: Config, store: Store, error: MisfitError) -> str:
 def require_same_tokenizer(config: Config, prepared: Prepared, saved: Path) -> None:
     """Raise DataError where the checkpoint's model reads and writes by another tokenizer."""
     ours = prepared.tokenizer
-    if ours and saved.exists() and saved.read_text("utf-8", "replace") != ours.definition:
+    if ours and saved.exists() and saved.read_bytes() != ours.definition.encode():
         raise DataError(
             f"data.tokenizer = {config.data.tokenizer!r} is not {saved}, which the checkpoints in "
             f"{saved.parent} are of: train on with --set data.tokenizer={saved}"

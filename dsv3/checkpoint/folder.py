@@ -19,6 +19,7 @@ from dsv3.checkpoint import beside, hub, hub_config
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.safetensors_file import DTYPES
 from dsv3.checkpoint.weights import Target, Weights, read_json
+from dsv3.config import Model
 from dsv3.errors import CheckpointError
 from dsv3.model.transformer import Transformer
 
@@ -41,6 +42,7 @@ class Folder:
             model = dataclasses.replace(config.model, mtp_depths=0)
             config = dataclasses.replace(config, model=model)
         self.config = config
+        require_plausible(self.weights, config.model)
         self.abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config.model))
         self.shapes = {name: leaf.shape for name, leaf in name_leaves(self.abstract).items()}
         self.pieces: dict[str, list[hub.Piece]] = {name: [] for name in self.shapes}
@@ -89,6 +91,20 @@ class Folder:
                     part.T if piece.transposed else part,
                     *(rest[::-1] if piece.transposed else rest),
                 )
+
+
+def require_plausible(weights: Weights, model: Model) -> None:
+    """Raise CheckpointError where the model has so many tensors that to list those that the files
+    lack would take for ever."""
+    moe_layers = model.layers - model.dense_layers + model.mtp_depths
+    wanted = model.layers + moe_layers * (1 + 3 * model.moe.routed_experts)
+    if wanted > 10 * len(weights.headers) + 10_000:
+        raise CheckpointError(
+            f"{weights.folder / 'config.json'}: num_hidden_layers = {model.layers}, "
+            f"num_nextn_predict_layers = {model.mtp_depths} and n_routed_experts = "
+            f"{model.moe.routed_experts} make {wanted} tensors and more, the files have "
+            f"{len(weights.headers)}"
+        )
 
 
 def require_fit(

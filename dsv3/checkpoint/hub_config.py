@@ -9,6 +9,7 @@ as it was found (`Quantization`): a checkpoint that is imported and exported aga
 import functools
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -117,7 +118,8 @@ def _bindings(fields: Mapping[str, Any]) -> dict[str, Any]:
     layers, experts = values["model.layers"], values["model.moe.routed_experts"]
     in_group = experts // max(values["model.moe.groups"], 1)
     for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-        if depths := conform(fields.get(name), int | None, name):
+        depths = conform(fields.get(name), int | None, name)
+        if depths is not None:
             break
     return values | {
         "model.dense_layers": min(values["model.dense_layers"], layers),
@@ -145,7 +147,7 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{spelling}.{name} = {value!r} is not supported")
     length = conform(fields.get("max_position_embeddings", 4096), int, "max_position_embeddings")
     if not 0 < length < LONGEST:
-        raise ConfigError(f"max_position_embeddings = {length:.3g} is no length")
+        raise ConfigError(f"max_position_embeddings = {reprlib.repr(length)} is no length")
     interleave = conform(fields.get("rope_interleave"), bool | None, "rope_interleave")
     bindings = {
         "model.mla.rope_theta": rope.get("rope_theta", fields.get("rope_theta", 10_000.0)),
@@ -169,7 +171,7 @@ def _with_yarn_defaults(given: Mapping[str, Any], length: int) -> dict[str, Any]
     original = given["original_max_position_embeddings"] or length
     if not 0 < original < LONGEST:
         name = "original_max_position_embeddings"
-        raise ConfigError(f"rope_scaling.{name} = {original:.3g} is no length")
+        raise ConfigError(f"rope_scaling.{name} = {reprlib.repr(original)} is no length")
     factor = given["factor"] or length / original
     mscale, all_dim = given["mscale"], given["mscale_all_dim"] or 0.0
     if not all_dim:
@@ -191,9 +193,10 @@ def _in_hub_words(message: str) -> str:
     others = {
         "model.mtp_depths": "num_nextn_predict_layers",
         "model.mla.rope_theta": "rope_theta",
+        "training.sequence_length": "max_position_embeddings",
     }
     words = FIELDS | YARN | others
-    return re.sub(r"model(\.\w+)+", lambda path: words.get(path[0], path[0]), message)
+    return re.sub(r"(model|training)(\.\w+)+", lambda path: words.get(path[0], path[0]), message)
 
 
 def quantization_of(fields: Mapping[str, Any], origin: str) -> Quantization | None:

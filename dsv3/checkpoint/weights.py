@@ -253,7 +253,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if _is_odd(path):
         raise CheckpointError(f"{path} is no regular file")
     try:
-        content = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(path.read_text("utf-8"), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -263,5 +263,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number

@@ -12,6 +12,8 @@ from dsv3.checkpoint import huggingface
 from dsv3.checkpoint.weights import INDEX
 from tests.checkpoint.folders import edit_config, edit_index, edit_tensors, refusal, rewrite
 
+YARN = {"type": "yarn", "factor": 4.0}
+
 
 @pytest.mark.parametrize(
     ("fields", "named"),
@@ -35,6 +37,16 @@ from tests.checkpoint.folders import edit_config, edit_index, edit_tensors, refu
         ({"n_group": 3}, ["n_group = 3", "16 routed experts"]),
         ({"topk_group": 5}, ["topk_group = 5", "n_group = 4"]),
         ({"n_group": None}, ["n_group", "None"]),
+        ({"num_hidden_layers": 10**7}, ["num_hidden_layers = 10000000", "the files have "]),
+        ({"n_routed_experts": 4 * 10**6}, ["n_routed_experts = 4000000", "the files have "]),
+        ({"rope_interleave": "no"}, ["rope_interleave wants bool or None, got 'no'"]),
+        ({"num_nextn_predict_layers": []}, ["num_nextn_predict_layers wants int or None, got []"]),
+        ({"num_nextn_predict_layers": None, "num_mtp_layers": "1"}, ["num_mtp_layers", "'1'"]),
+        ({"max_position_embeddings": 0}, ["max_position_embeddings = 0 is no length"]),
+        ({"max_position_embeddings": 10**400}, ["max_position_embeddings = 1000"]),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": -1}}, ["-1 is no length"]),
+        ({"rope_scaling": YARN, "max_position_embeddings": 0}, ["max_position_embeddings = 0"]),
+        ({"rms_norm_eps": float("inf")}, ["Infinity is no finite number"]),
         ({"rope_theta": "x", "rope_parameters": None}, ["rope_theta", "'x'"]),
     ],
 )
@@ -180,6 +192,8 @@ def test_pickles_are_refused_unopened(folder):
         ("../model.safetensors", "outside the folder"),
         ("/etc/model.safetensors", "outside the folder"),
         (7, "outside the folder"),
+        ("a\0.safetensors", "is no name of a file"),
+        ("\ud800.safetensors", "is no name of a file"),
         ("pytorch_model-00001-of-00002.bin", "no safetensors"),
         ("model-00009-of-00009.safetensors", "missing"),
         ("model-00001-of-00004.safetensors", "lacks it"),
@@ -190,7 +204,7 @@ def test_an_index_that_misleads_is_refused(sharded, file, named):
     assert json.loads((sharded / INDEX).read_text())["weight_map"][name] != file
     edit_index(sharded, name, file)
     message = refusal(sharded)
-    assert named in message and str(file).split("/")[-1] in message
+    assert named in message and repr(file).strip("'").split("/")[-1] in message
 
 
 def test_mtp_copies_must_be_copies_but_may_be_absent(sharded):

@@ -215,7 +215,8 @@ def test_export_wants_a_run_with_a_checkpoint_and_room(tmp_path, capsys, monkeyp
     (tmp_path / "config.gin").write_text("")
     assert "no checkpoint in" in refusal("--workdir", tmp_path)
     groups = ("--hf", GOLDEN / "groups")
-    assert "--shard-gb" in refusal(*groups, "--shard-gb", "0")
+    for size in ("0", "nan", "inf"):
+        assert f"--shard-gb {float(size)} must" in refusal(*groups, "--shard-gb", size)
     assert "invalid choice: 'float8'" in refusal(*groups, "--dtype", "float8")
     assert "required" in refusal()
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
