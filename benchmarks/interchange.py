@@ -56,7 +56,7 @@ def shape_of(gigabytes: float) -> Config:
 def make(folder: Path, config: Config) -> tuple[int, int]:
     """Write the checkpoint; its bytes, and those of the largest tensor."""
     quantization = Quantization(hub_config.DEEPSEEK_FP8)
-    pieces = list(exporting.in_file_order(config.model))
+    pieces = exporting.in_file_order(config.model)
     entries = exporting.plan(pieces, "BF16", quantization, exporting.projections(pieces))
     fields = hub_config.fields_of(config, "bfloat16", quantization)
     (folder / "config.json").write_text(json.dumps(fields))
