@@ -82,8 +82,9 @@ def _collectives(plan: Figures) -> list[str]:
     maybe = [row(one) for one in plan["collectives"] if one["dynamic"]]
     lines = _table(head, sure) or ["no collectives: one device"]
     if maybe:
-        lines += ["", "for each further pass of expert rows, which an even router does not need "
-                  "(how many is known at run time only):", *_table(head, maybe)]  # fmt: skip
+        title = "each further pass of expert rows, which an even router does not need; how many is"
+        lines += ["", f"{title} known at run time only:"]
+        lines += _table((*head[:-1], "GB at most"), maybe)
     return lines
 
 

@@ -28,7 +28,8 @@ from tests.training.small import CONFIG
 
 def get_config():
     training = dataclasses.replace(
-        CONFIG.training, batch=(Phase("constant", 1, 16),), batch_increment=16, micro_batch=8
+        CONFIG.training, batch=(Phase("constant", 1, 16),), batch_increment=16, micro_batch=8,
+        compute_dtype="bfloat16",
     )
     parallel = Parallel(replica=2, node=2, local=2)
     return dataclasses.replace(CONFIG, training=training, parallel=parallel)
@@ -111,18 +112,20 @@ def test_every_parameter_is_gathered_and_scattered_once_a_step(planned):
     config = configuration()
     mesh = jax.sharding.AbstractMesh(tuple(SIZES.values()), meshes.AXES)
     params = train_state.abstract(config, mesh).params
-    expected = dict.fromkeys(("all-gather", "reduce-scatter"), 0.0)
+    expected = {("all-gather", "bf16"): 0.0, ("all-gather", "f32"): 0.0,
+                ("reduce-scatter", "f32"): 0.0}  # fmt: skip
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         place = meshes.place_of(config, meshes.sizes_of(mesh), path_of(path), leaf.shape)
-        grown = 4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        grown = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        wire, width = ("f32", 4) if place.wire == "float32" else ("bf16", 2)
         for _, axes in place.cuts:
             ranks = math.prod(mesh.shape[axis] for axis in axes)
             grown *= ranks
-            for kind in expected:
-                expected[kind] += grown * (1 - 1 / ranks)
-    for kind, size in expected.items():
+            expected["all-gather", wire] += width * grown * (1 - 1 / ranks)
+            expected["reduce-scatter", "f32"] += 4 * grown * (1 - 1 / ranks)
+    for (kind, dtype), size in expected.items():
         rows = [row for row in figures["collectives"]
-                if row["kind"] == kind and row["dtype"] == "f32"]  # fmt: skip
+                if row["kind"] == kind and row["dtype"] == dtype]  # fmt: skip
         assert sum(row["sent"] for row in rows) == pytest.approx(size)
         assert not any(row["repeated"] for row in rows)
 
@@ -135,10 +138,10 @@ def test_tokens_cross_once_a_layer_and_micro_batch_each_way(planned):
         rows = {row["dtype"]: row for row in figures["collectives"]
                 if row["kind"] == "all-to-all" and row["axes"] == axes}  # fmt: skip
         times = layers * MICRO_BATCHES
-        # tokens, gates, and back; gradients likewise; the numbers of experts forward only
-        assert rows["f32"]["times"] == 6 * times and rows["s32"]["times"] == times
-        widths = 4 * width + 2 * chosen
-        assert rows["f32"]["sent"] == 0.5 * 2 * entering * 4 * widths * times
+        # tokens and sums, their gradients; gates and theirs; the numbers of experts forward only
+        assert [rows[d]["times"] for d in ("bf16", "f32", "s32")] == [4 * times, 2 * times, times]
+        assert rows["bf16"]["sent"] == 0.5 * 2 * entering * 2 * 4 * width * times
+        assert rows["f32"]["sent"] == 0.5 * 2 * entering * 4 * 2 * chosen * times
         assert all(row["repeated"] and not row["dynamic"] for row in rows.values())
 
 
@@ -147,7 +150,7 @@ def test_an_even_router_fills_part_of_the_buffers(planned):
     between, config = figures["between_nodes"], configuration()
     copies = plan.copies_of(config, config.parallel.sizes(8))
     assert 1 < copies["node",] < 2 and copies["local",] == copies["flat",] > copies["node",]
-    a_copy = 3 * (4 * (4 * 32 + 2 * 2) + 4 * 2)  # 3 layers; the rows of the test above, in bytes
+    a_copy = 3 * (2 * 4 * 32 + 4 * 2 * 2 + 4 * 2)  # 3 layers; the rows of the test above, in bytes
     assert between["bytes_of_a_copy"] == a_copy
     assert between["bytes"] == pytest.approx(a_copy * copies["node",] / 2)
     assert between["bytes"] < between["bytes_at_most"] == 2 * a_copy
@@ -158,6 +161,15 @@ def test_an_even_router_fills_part_of_the_buffers(planned):
         assert row["within_node"] + row["between_nodes"] == pytest.approx(row["travels"])
     crossing = sum(row["between_nodes"] for row in exchanged)
     assert crossing == pytest.approx(between["bytes"] * 16 * MICRO_BATCHES)
+
+
+def test_fp8_travels_as_such(tmp_path):
+    (tmp_path / "small.py").write_text(FILE)
+    bindings = ["model.dot=fp8", "model.layers=1", "model.dense_layers=0", "model.mtp_depths=0",
+                "parallel.replica=1", "parallel.node=1"]  # fmt: skip
+    program = compiled.compile_step(str(tmp_path / "small.py"), bindings, 2, "cpu")
+    exchanged = {one.dtype for one in program.collectives if one.kind == "all-to-all"}
+    assert exchanged == {"f8e4m3fn", "bf16", "f32", "s32"}
 
 
 def test_copies_of_a_token_are_its_distinct_ranks():
