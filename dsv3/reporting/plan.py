@@ -22,7 +22,7 @@ S (1 - 1/N) / m cross between nodes, S (1 - 1/N) where each member sends rows of
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ from dsv3.sweeps import load_config
 from dsv3.training import state as train_state
 
 SAMPLE = 8192
+LINKS = ("within_node", "between_nodes")  # also the names of their rates in `hardware`
 EXCHANGES = ("all-to-all", "ragged-all-to-all")
 
 
@@ -281,21 +282,14 @@ def time_of(
     compute = seconds * tokens / sizes.data_ranks
     certain = [row for row in traffic if not row["dynamic"]]
 
-    def spent(divide) -> dict[str, float]:
-        within = sum(row["within_node"] / divide(row) for row in certain)
-        between = sum(row["between_nodes"] / divide(row) for row in certain)
-        parts = {"compute": compute / (1 if divide is whole else sizes.pipe),
-                 "within_node": within / hardware.within_node,
-                 "between_nodes": between / hardware.between_nodes}  # fmt: skip
-        return _hours(config, sizes, tokens, parts)
+    def spent(products: float, share: Callable[[Mapping], float]) -> dict[str, float]:
+        sent = {link: sum(row[link] * share(row) for row in certain) for link in LINKS}
+        parts = {link: sent[link] / getattr(hardware, link) for link in LINKS}
+        return _hours(config, sizes, tokens, {"compute": products} | parts)
 
-    def whole(row) -> float:
-        return 1.0
-
-    def a_stage(row) -> float:
-        if row["kind"] in EXCHANGES:
-            return sizes.pipe
-        return sizes.pipe * micro_batches(config) if row["repeated"] else sizes.pipe
+    def of_a_stage(row: Mapping) -> float:
+        once = row["repeated"] and row["kind"] not in EXCHANGES
+        return 1 / (sizes.pipe * (micro_batches(config) if once else 1))
 
     report = None
     if counts.parameters(model).main == REPORT_PARAMETERS:
@@ -304,8 +298,8 @@ def time_of(
                   "hours": REPORT_HOURS_PRETRAINING}  # fmt: skip
     return {
         "hardware": hardware._asdict(),
-        "as_compiled": spent(whole),
-        "pipelined": spent(a_stage) if sizes.pipe > 1 else None,
+        "as_compiled": spent(compute, lambda row: 1.0),
+        "pipelined": spent(compute / sizes.pipe, of_a_stage) if sizes.pipe > 1 else None,
         "report": report,
     }
 

@@ -228,4 +228,4 @@ def _draw_time(axes: Axes, time: Figures) -> None:
         axes.bar(places, [column[key] for column in shown.values()], width=0.25, label=name)
     axes.set_xticks(range(len(shown)), list(shown))
     axes.set(ylabel="Seconds", title=f"A step, {time['hardware']['name']}, rates assumed")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06))
