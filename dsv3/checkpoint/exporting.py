@@ -32,7 +32,7 @@ from dsv3.bindings import apply, read_bindings
 from dsv3.checkpoint import beside, hub, hub_config
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.hub_config import Quantization
-from dsv3.checkpoint.importing import SCALES, Progress, read_kept_scales
+from dsv3.checkpoint.importing import SCALES, Progress, new_folder, read_kept_scales
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.safetensors_file import DTYPES as DTYPE_OF
 from dsv3.checkpoint.safetensors_file import METADATA, Entry, Writer, shards
@@ -40,7 +40,6 @@ from dsv3.checkpoint.store import Store
 from dsv3.checkpoint.weights import FP8, INDEX, SINGLE, usable
 from dsv3.config import Config, Model
 from dsv3.errors import CheckpointError, nearest
-from dsv3.files import appearing
 from dsv3.model.transformer import Transformer
 from dsv3.numerics import fp8
 
@@ -155,8 +154,6 @@ def export(
     has no word for something in the configuration.
     """
     out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is not empty; an export wants a new or empty folder")
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is not written{nearest(dtype, DTYPES)}")
     quantization = None
@@ -167,9 +164,9 @@ def export(
     quantized = projections(pieces) if source.quantization is None else source.scales.keys()
     entries = plan(pieces, DTYPES[dtype], quantization, quantized)
     needed = sum(entry.nbytes for entry in entries.values())
-    with appearing(out) as making:
+    with new_folder(out) as making:
         if shutil.disk_usage(making).free < needed:
-            raise CheckpointError(f"{out.parent} has no room for {needed / 1e9:.1f} GB")
+            raise CheckpointError(f"{out.parent} has no room for {-(-needed // 10**6):,} MB")
         ids = beside.write(source.folder, source.ids, source.config.model.vocab, making)
         (making / "config.json").write_text(json.dumps(fields | ids, indent=2) + "\n")
         chunks = _chunks(source, pieces, entries, quantization)

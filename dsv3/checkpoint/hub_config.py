@@ -26,6 +26,7 @@ FIELDS = {
     "model.dense_layers": "first_k_dense_replace",
     "model.dense_width": "intermediate_size",
     "model.norm_eps": "rms_norm_eps",
+    "model.init_std": "initializer_range",
     "model.mla.heads": "num_attention_heads",
     "model.mla.query_latent": "q_lora_rank",
     "model.mla.kv_latent": "kv_lora_rank",
@@ -113,7 +114,10 @@ def _require_supported(fields: Mapping[str, Any]) -> None:
 
 def _bindings(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Values of all of `Model` but its rotary positions, each of the type that it becomes."""
-    fields = dict(fields) | {"n_shared_experts": fields.get("n_shared_experts") or 0}
+    fields = dict(fields) | {
+        "n_shared_experts": fields.get("n_shared_experts") or 0,
+        "initializer_range": fields.get("initializer_range") or Model().init_std,
+    }
     values = {path: conform(fields[name], _type(path), name) for path, name in FIELDS.items()}
     layers, experts = values["model.layers"], values["model.moe.routed_experts"]
     in_group = experts // max(values["model.moe.groups"], 1)
@@ -238,7 +242,7 @@ WRITTEN = {  # what every file says, beside ONLY
     "use_cache": True,
 }
 NOT_IN_THE_LAYOUT = (  # as they do not change what a model computes
-    "model.dot", "model.remat", "model.init_std", "model.moe.balance", "model.moe.block",
+    "model.dot", "model.remat", "model.moe.balance", "model.moe.block",
 )  # fmt: skip
 
 
@@ -253,7 +257,6 @@ def fields_of(config: Config, dtype: str, quantization: Quantization | None) -> 
     fields |= {
         "num_key_value_heads": mla.heads,
         "num_nextn_predict_layers": config.model.mtp_depths,
-        "initializer_range": config.model.init_std,
         "max_position_embeddings": round(yarn.original_length * yarn.factor) if yarn else length,
         "rope_theta": mla.rope_theta,
         "rope_scaling": yarn and {"type": "yarn"} | {n: _value(config, p) for p, n in YARN.items()},

@@ -130,6 +130,9 @@ def parser() -> Parser:
 @exits_cleanly
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
+    for name in ("hf", "workdir", "out"):
+        if getattr(options, name, None) == "":
+            raise UserError(f"--{name} is empty")
     options.run(options)
 
 

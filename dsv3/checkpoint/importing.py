@@ -15,8 +15,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,14 +91,12 @@ def import_checkpoint(
     appears whole or not at all, and an import that was interrupted begins anew.
     """
     folder, workdir = Path(folder), Path(workdir).absolute()
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise CheckpointError(f"{workdir} is not empty; an import wants a new or empty workdir")
     found = Folder(folder)
     config = found.config
     if (folder / "tokenizer.json").exists():
         data = dataclasses.replace(config.data, tokenizer=str(workdir / "tokenizer.json"))
         config = dataclasses.replace(config, data=data)
-    with appearing(workdir) as making:
+    with new_folder(workdir) as making:
         (making / "config.gin").write_text(operative(config))
         beside.copy(folder, making)
         beside.keep_ids(found.ids, making)
@@ -105,6 +105,27 @@ def import_checkpoint(
         store = Store(making / "checkpoints", config.checkpoint.keep, warn=print)
         store.save(0, _streamed(found, progress), origin)
     return config
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """`appearing`, for a folder that is new or empty; errors name it, not what is being made.
+
+    Raises CheckpointError for anything else that is there, and where it cannot be written.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder} is no folder; wanted is the name of a new or empty one")
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty; wanted is a new or empty folder")
+    hidden = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.tmp")
+    try:
+        with appearing(folder) as making:
+            yield making
+    except (CheckpointError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f"{error.filename or folder}: {error.strerror or error}"
+        raise CheckpointError(hidden.sub(lambda _: folder.name, message)) from error
 
 
 def _streamed(found: Folder, progress: Progress | None) -> state.Weights:

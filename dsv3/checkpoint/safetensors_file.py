@@ -105,6 +105,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(file: Path, data: int, name: str, entry: Any) -> Tensor:
+    if not name.isprintable():
+        raise _damaged(file, f"a tensor is named {name[:60]!a}")
     try:
         dtype, shape, (begin, end) = (entry[key] for key in ("dtype", "shape", "data_offsets"))
         whole = [begin, end, *shape]

@@ -218,6 +218,10 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder / INDEX} has no weight_map")
     for name, file in index.items():
+        if not f"{name}{file}".isprintable():
+            raise CheckpointError(
+                f"{folder / INDEX} places {name[:60]!a} in {ascii(file)[:60]}: no printable name"
+            )
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{folder / INDEX} places {name} outside the folder, in {file!r}")
         if not file.endswith(".safetensors"):

@@ -88,6 +88,11 @@ def test_missing_and_surplus_tensors_are_counted_and_named(folder):
     assert "surplus 1 tensor: model.layers.0.self_attn.q_a_proj.bias" in message
 
 
+def test_a_name_that_does_not_print_is_shown_escaped(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"\x1b[2J": np.zeros(4, np.float32)}))
+    assert r"a tensor is named '\x1b[2J'" in refusal(folder)
+
+
 def test_old_rotary_buffers_are_ignored(folder):
     before = huggingface.load(folder)[1]
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -192,8 +197,8 @@ def test_pickles_are_refused_unopened(folder):
         ("../model.safetensors", "outside the folder"),
         ("/etc/model.safetensors", "outside the folder"),
         (7, "outside the folder"),
-        ("a\0.safetensors", "is no name of a file"),
-        ("\ud800.safetensors", "is no name of a file"),
+        ("a\0.safetensors", "no printable name"),
+        ("\ud800.safetensors", "no printable name"),
         ("pytorch_model-00001-of-00002.bin", "no safetensors"),
         ("model-00009-of-00009.safetensors", "missing"),
         ("model-00001-of-00004.safetensors", "lacks it"),

@@ -1,6 +1,7 @@
 """The commands: a workdir from a checkpoint of the hub, and the way back."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from tests.checkpoint.folders import (
     refusal,
     stored,
 )
+from tests.checkpoint.states import fails
 
 
 def run(*arguments: object) -> None:
@@ -59,7 +61,7 @@ def test_import_keeps_what_is_there(folder, tmp_path, capsys, there):
     with pytest.raises(SystemExit) as ended:
         run("import", "--hf", folder, "--workdir", workdir)
     assert ended.value.code == 2
-    assert "not empty" in capsys.readouterr().err
+    assert ("no folder" if there == "file" else "not empty") in capsys.readouterr().err
     assert mine.read_text() == "mine"
 
 
@@ -184,8 +186,29 @@ def test_export_keeps_what_is_there(folder, tmp_path, capsys, there):
     with pytest.raises(SystemExit) as ended:
         run("export", "--hf", folder, "--out", out)
     assert ended.value.code == 2
-    assert "not empty" in capsys.readouterr().err
+    assert ("no folder" if there == "file" else "not empty") in capsys.readouterr().err
     assert mine.read_text() == "mine"
+
+
+def test_errors_name_the_folder_that_was_asked_for(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for out, named in (
+        (tmp_path / "link", f"{tmp_path / 'link'} is no folder"),
+        ("/dev/null", "/dev/null is no folder"),
+        ("", "--out is empty"),
+        ("/dev/null/x", "/dev/null: File exists"),
+    ):
+        with pytest.raises(SystemExit):
+            run("export", "--hf", folder, "--out", out)
+        assert named in capsys.readouterr().err
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", fails(full))
+    for command, option in (("export", "--out"), ("import", "--workdir")):
+        with pytest.raises(SystemExit):
+            run(command, "--hf", folder, option, tmp_path / "new")
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'new'}" in error and "No space left" in error and ".tmp" not in error
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
@@ -220,7 +243,7 @@ def test_export_wants_a_run_with_a_checkpoint_and_room(tmp_path, capsys, monkeyp
     assert "invalid choice: 'float8'" in refusal(*groups, "--dtype", "float8")
     assert "required" in refusal()
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert "has no room for 0.0 GB" in refusal(*groups)
+    assert "has no room for 1 MB" in refusal(*groups)
 
 
 # --- what servers read -------------------------------------------------------------------------
