@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3.bindings import apply, parse
+from dsv3.bindings import apply
 from dsv3.checkpoint.trained import Trained, from_hf, from_workdir
 from dsv3.cli import Parser
 from dsv3.config import Config
@@ -210,14 +210,13 @@ def parser() -> Parser:
     return top
 
 
-def _command(commands, name: str, what: str, run) -> argparse.ArgumentParser:
+def _command(commands, name: str, what: str, run) -> Parser:
     command = commands.add_parser(name, help=what, description=what)
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", metavar="DIR", help="of a run")
     source.add_argument("--hf", metavar="DIR", help="config.json, *.safetensors, tokenizer.json")
     command.add_argument("--ema", action="store_true", help="of a run: the averaged parameters")
-    command.add_argument("--set", action="append", default=[], metavar="PATH=VALUE",
-                         help="as in train.py, where it is no field of the model")  # fmt: skip
+    command.add_bindings()
     command.set_defaults(run=run, check=lambda options: None)
     return command
 
@@ -229,7 +228,7 @@ def load(options: argparse.Namespace) -> tuple[Trained, Config]:
     trained = (
         from_hf(options.hf) if options.hf else from_workdir(options.workdir, warn, ema=options.ema)
     )
-    config = apply(trained.config, [b for text in options.set for b in parse(text)])
+    config = apply(trained.config, options.set)
     if config.model != trained.config.model:
         raise ConfigError("--set model...: a trained model stays as it is")
     return trained, config

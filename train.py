@@ -229,9 +229,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("config", help="a configuration file, configs/*.py")
     parser.add_argument("--workdir", required=True, help="where the run, or the sweep, is kept")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings_set"
-    )
+    parser.add_bindings()
     parser.add_argument("--bindings", metavar="FILE", help="a file of bindings, made before --set")
     parser.add_argument("--sweep", metavar="NAME", help="a sweep of the configuration file")
     parser.add_argument("--index", type=int, help="only this run of the sweep, from 0")
@@ -258,9 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     options = parsed(arguments)
     bindings = read_bindings(options.bindings) if options.bindings else []
-    for text in options.bindings_set:
-        bindings += parse(text)
-    config = apply(load_config(options.config), bindings)
+    config = apply(load_config(options.config), bindings + options.set)
     named = load_sweep(options.config, options.sweep) if options.sweep else None
 
     def work() -> None:

@@ -137,7 +137,8 @@ def run_transformers(options: argparse.Namespace) -> None:
             generate, model, prompts, Greedy(), options.new, stop=NEVER, vocab=config.vocab,
             context=options.prompt + options.new,
         )  # fmt: skip
-        command = [options.torch_python, "benchmarks/decode_transformers.py", "--hf", name,
+        command = [options.torch_python, "benchmarks/decode_transformers.py", "--hf", str(folder),
+                   "--prompts", str(Path(name, "prompts.json")),
                    "--new", str(options.new), "--threads", str(options.cores)]  # fmt: skip
         seconds: dict[str, list[float]] = {"dsv3": [], "transformers": []}
         theirs: dict = {}

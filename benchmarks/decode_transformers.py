@@ -2,11 +2,11 @@
 
 Runs in a Python environment of its own with torch and transformers; nothing of `dsv3` is imported.
 
-    python benchmarks/decode_transformers.py --hf DIR --new 256 --threads 2
+    python benchmarks/decode_transformers.py --hf DIR --prompts FILE --new 256 --threads 2
 
-DIR holds a checkpoint in the official layout and prompts.json, token ids [B, T]. Prints one JSON
-line: the seconds of each greedy completion of all prompts, the first one untimed, the new tokens of
-each prompt, and what ran.
+DIR holds a checkpoint in the official layout, FILE token ids [B, T] in JSON. Prints one JSON line:
+the seconds of each greedy completion of all prompts, the first one untimed, the new tokens of each
+prompt, and what ran.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hf", required=True, type=Path)
+    parser.add_argument("--prompts", required=True, type=Path, help="JSON: lists of token ids")
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -29,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = transformers.DeepseekV3ForCausalLM.from_pretrained(args.hf, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
-    prompts = torch.tensor(json.loads((args.hf / "prompts.json").read_text()))
+    prompts = torch.tensor(json.loads(args.prompts.read_text()))
     options = {"do_sample": False, "use_cache": True, "max_new_tokens": args.new, "pad_token_id": 0}
     seconds, tokens = [], prompts
     with torch.inference_mode():

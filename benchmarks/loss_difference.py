@@ -28,7 +28,7 @@ from jax import Array
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from dsv3.bindings import apply, difference, parse
+from dsv3.bindings import apply, difference
 from dsv3.cli import Parser
 from dsv3.config import Bf16Dot, Config, Fp8Dot
 from dsv3.data.loader import Loader
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     parser = Parser(__doc__)
     parser.add_argument("config", help="a configuration file, configs/*.py")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings")
+    parser.add_bindings()
     parser.add_argument("--arms", default="bf16,nudged,fp8", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--out", type=Path, required=True, help="the runs, JSON lines")
@@ -183,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for arm in arms:
         if arm not in ARMS:
             raise UserError(f"--arms {arm!r} is no arm{nearest(arm, ARMS)}")
-    bindings = [binding for text in options.bindings for binding in parse(text)]
-    config = apply(load_config(options.config), bindings)
+    config = apply(load_config(options.config), options.set)
     cache = Path(config.data.cache).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     options.out.touch()

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3.bindings import apply, parse
+from dsv3.bindings import apply
 from dsv3.cli import Parser
 from dsv3.config import Config, Parallel
 from dsv3.errors import exits_cleanly
@@ -105,13 +105,12 @@ def main() -> None:
     keep_freed_memory()
     parser = Parser(__doc__)
     parser.add_argument("config", nargs="?", default="configs/tiny.py")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings")
+    parser.add_bindings()
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
-    bindings = [binding for text in args.bindings for binding in parse(text)]
-    config = apply(load_config(args.config), bindings)
+    config = apply(load_config(args.config), args.set)
     shape = (batch_size(config.training, 0), config.training.sequence_length + 1)
     tokens_BS = np.random.default_rng(0).integers(config.model.vocab, size=shape, dtype=np.int32)
     steps = {

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3.bindings import apply, parse
+from dsv3.bindings import apply
 from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.errors import exits_cleanly
@@ -50,12 +50,11 @@ def main() -> None:
     keep_freed_memory()
     parser = Parser(__doc__)
     parser.add_argument("config", help="a configuration file, configs/*.py")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings")
+    parser.add_bindings()
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=2)
     args = parser.parse_args()
-    bindings = [binding for text in args.bindings for binding in parse(text)]
-    config = apply(load_config(args.config), bindings)
+    config = apply(load_config(args.config), args.set)
     seconds, first = measure(config, args.steps, args.warmup)
     report = {
         "what": f"dsv3, jax {jax.__version__} on {jax.default_backend()}",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3.bindings import apply, parse
+from dsv3.bindings import apply
 from dsv3.cli import Parser
 from dsv3.cluster import Sizes
 from dsv3.config import Config, Moe, Parallel
@@ -85,13 +85,12 @@ def table(config: Config, node: int, local: int, tokens: int) -> str:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("config", nargs="?", default="configs/deepseek_v3.py")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings")
+    parser.add_bindings()
     parser.add_argument("--node", type=int, default=8)
     parser.add_argument("--local", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help="a device")
     args = parser.parse_args()
-    bindings = [binding for text in args.bindings for binding in parse(text)]
-    print(table(apply(load_config(args.config), bindings), args.node, args.local, args.tokens))
+    print(table(apply(load_config(args.config), args.set), args.node, args.local, args.tokens))
 
 
 if __name__ == "__main__":

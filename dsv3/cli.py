@@ -2,7 +2,8 @@
 
 import argparse
 
-from dsv3.errors import UserError
+from dsv3.bindings import Binding, parse
+from dsv3.errors import ConfigError, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -14,5 +15,19 @@ class Parser(argparse.ArgumentParser):
             options |= {"description": summary, "epilog": usage}
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def add_bindings(self) -> None:
+        """`--set PATH=VALUE`, any number of times: a list of Binding, `set` of the options."""
+        self.add_argument(
+            "--set", action="extend", type=_bindings, default=[], metavar="PATH=VALUE",
+            help="bind a field of the configuration; may be given several times",
+        )  # fmt: skip
+
     def error(self, message: str):
         raise UserError(message)
+
+
+def _bindings(text: str) -> list[Binding]:
+    found = parse(text)
+    if not found:
+        raise ConfigError(f"--set {text!r} binds nothing; it wants PATH=VALUE")
+    return found

@@ -208,6 +208,7 @@ def test_a_sweep_runs_from_python_and_ends_in_a_table(config, tmp_path):
     [
         (["configs/tinny.py"], "did you mean 'tiny.py'?"),
         (["configs/tiny.py", "--set", "model.moe.expert_per_token=4"], "'experts_per_token'"),
+        (["configs/tiny.py", "--set", " # "], "--set ' # ' binds nothing"),
         (["configs/tiny.py", "--set", "model.layers=1.5"], "model.layers wants int, got 1.5"),
         (
             ["configs/tiny.py", "--set", "model.moe.groups=3"],

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from dsv3.bindings import apply, parse
+from dsv3.bindings import Binding, apply, literal
 from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.errors import UserError, exits_cleanly
@@ -62,13 +62,13 @@ class Program(NamedTuple):
     buffers: list[Buffer]  # the largest first
 
 
-def compile_step(path: str, bindings: Sequence[str], devices: int, target: str) -> Program:
+def compile_step(path: str, bindings: Sequence[Binding], devices: int, target: str) -> Program:
     """The program of the configuration at `path`, with `bindings`, on so many devices.
 
     UserError where the compiler fails, or wants wheels that are not installed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        wanted = [argument for text in bindings for argument in ("--set", text)]
+        wanted = [a for b in bindings for a in ("--set", f"{b.path}={literal(b.value)}")]
         command = [sys.executable, "-m", __spec__.name, path, *wanted, "--devices", str(devices)]
         command += ["--target", target, "--dump", folder]
         done = subprocess.run(
@@ -176,13 +176,12 @@ def _read(said: dict) -> Program:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("config")
-    parser.add_argument("--set", action="append", default=[], dest="bindings")
+    parser.add_bindings()
     parser.add_argument("--devices", type=int, required=True)
     parser.add_argument("--target", choices=TARGETS, required=True)
     parser.add_argument("--dump", type=Path, required=True)
     options = parser.parse_args(arguments)
-    bindings = [binding for text in options.bindings for binding in parse(text)]
-    config = apply(load_config(options.config), bindings)
+    config = apply(load_config(options.config), options.set)
     program = _compiled(config, options.devices, options.target, options.dump)
     print(json.dumps(program._asdict()))
 

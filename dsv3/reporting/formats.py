@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from dsv3.bindings import apply, parse
+from dsv3.bindings import apply
 from dsv3.cli import Parser
 from dsv3.config import Model
 from dsv3.errors import exits_cleanly
@@ -85,10 +85,9 @@ def table(config: Model) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("config", help="a configuration file, configs/*.py")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings")
+    parser.add_bindings()
     options = parser.parse_args(arguments)
-    bindings = [binding for text in options.bindings for binding in parse(text)]
-    print(table(apply(load_config(options.config), bindings).model))
+    print(table(apply(load_config(options.config), options.set).model))
 
 
 if __name__ == "__main__":

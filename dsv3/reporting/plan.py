@@ -32,7 +32,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from dsv3 import counts
-from dsv3.bindings import apply, parse
+from dsv3.bindings import apply
 from dsv3.cli import Parser
 from dsv3.cluster import Sizes
 from dsv3.config import Bf16Dot, Config
@@ -329,7 +329,7 @@ def sizes_of(config: Config, devices: int | None) -> Sizes:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("config", help="a configuration file, configs/*.py")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="bindings")
+    parser.add_bindings()
     parser.add_argument("--devices", type=int, help="where parallel.replica leaves it open")
     parser.add_argument("--for", choices=TARGETS, default="cpu", dest="target",
                         help="virtual CPU devices, or an H200")  # fmt: skip
@@ -337,15 +337,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a folder for plan.json, plan.txt and plan.png")
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
     options = parser.parse_args(arguments)
-    bindings = [binding for text in options.bindings for binding in parse(text)]
-    config = apply(load_config(options.config), bindings)
+    config = apply(load_config(options.config), options.set)
     sizes = sizes_of(config, options.devices)
     abstract: Any = AbstractMesh(tuple(sizes), meshes.AXES)
     meshes.require_even_batches(config, abstract)
     if options.out and options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out} is not a folder")
     name = options.hardware or ("h800" if options.target == "cpu" else options.target)
-    program = compile_step(options.config, options.bindings, sizes.devices, options.target)
+    program = compile_step(options.config, options.set, sizes.devices, options.target)
     figures = plan(config, sizes, program, TABLE[name])
     as_json = json.dumps(figures, indent=1) + "\n"
     if options.out:

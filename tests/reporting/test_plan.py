@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from dsv3 import counts
+from dsv3.bindings import Binding
 from dsv3.config import Config, Parallel
 from dsv3.errors import UserError
 from dsv3.parallel import mesh as meshes
@@ -165,9 +166,10 @@ def test_an_even_router_fills_part_of_the_buffers(planned):
 
 def test_fp8_travels_as_such(tmp_path):
     (tmp_path / "small.py").write_text(FILE)
-    bindings = ["model.dot=fp8", "model.layers=1", "model.dense_layers=0", "model.mtp_depths=0",
-                "parallel.replica=1", "parallel.node=1"]  # fmt: skip
-    program = compiled.compile_step(str(tmp_path / "small.py"), bindings, 2, "cpu")
+    bindings = {"model.dot": "fp8", "model.layers": 1, "model.dense_layers": 0,
+                "model.mtp_depths": 0, "parallel.replica": 1, "parallel.node": 1}  # fmt: skip
+    bound = [Binding(path, value) for path, value in bindings.items()]
+    program = compiled.compile_step(str(tmp_path / "small.py"), bound, 2, "cpu")
     exchanged = {one.dtype for one in program.collectives if one.kind == "all-to-all"}
     assert exchanged == {"f8e4m3fn", "bf16", "f32", "s32"}
 
