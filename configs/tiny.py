@@ -26,10 +26,10 @@ def get_config() -> Config:
         ),
         data=Data(corpus="stdlib", tokenizer="bpe"),
         training=Training(
-            tokens=1.6e6,
+            tokens=3e6,
             sequence_length=256,
             batch=(Phase("constant", 1, 8),),
-            learning_rate=4e-3,
+            learning_rate=2e-3,
             warmup_steps=30,
             decay=(Phase("constant", 0.5, 1.0), Phase("cosine", 1.0, 0.1)),
             bias_speed=(Phase("constant", 0.97, 0.01), Phase("constant", 1.0, 0.0)),
@@ -52,5 +52,5 @@ sweeps = {
         param("training.seed", [0, 1, 2]),
         param("model.dot", ["bf16", "fp8"]),
     ),
-    "learning_rate": lambda: param("training.learning_rate", [2e-3, 4e-3, 8e-3]),
+    "learning_rate": lambda: param("training.learning_rate", [1e-3, 2e-3, 4e-3, 8e-3]),
 }
