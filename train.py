@@ -37,7 +37,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.parallel import launch
 from dsv3.parallel import mesh as meshes
 from dsv3.parallel.mesh import on_this_platform
-from dsv3.parallel.processes import compiled_together, is_first, together
+from dsv3.parallel.processes import is_first, together
 from dsv3.reporting.fp8 import watching
 from dsv3.reporting.metrics import Recorder
 from dsv3.reporting.plots import compare_runs, plot_run
@@ -45,6 +45,7 @@ from dsv3.reporting.progress import TrainingProgress
 from dsv3.reporting.results import collect, write_results
 from dsv3.sweeps import Sweep, describe, load_config, load_sweep, select
 from dsv3.training import state as train_state
+from dsv3.training.average import settled
 from dsv3.training.loop import Run, StopRequest
 from dsv3.training.schedules import steps_to_end
 from dsv3.training.step import make_step
@@ -70,7 +71,7 @@ def _train(
         "jax_compilation_cache_dir", str(Path(config.data.cache).expanduser() / "xla")
     )
     mesh = meshes.build(config.parallel)
-    step = compiled_together(make_step(on_this_platform(config), mesh))
+    step = make_step(on_this_platform(config), mesh)
     with progress_bars() as progress:
         prepared = prepare(config, progress)
     total = min(steps or sys.maxsize, steps_to_end(config.training))
@@ -84,7 +85,7 @@ def _train(
             position = {"loader": loader.state(), "sequences_read": run.sequences_read}
             packages = {name: version(name) for name in ("jax", "flax", "optax")}
             extra = {**position, "config": operative(config), "packages": packages}
-            store.save(int(state.step), state, extra)
+            store.save(int(state.step), settled(config.training, state), extra)
 
         recorder = Recorder(
             workdir if is_first() else None, config.reporting, config.training.sequence_length,
@@ -100,7 +101,7 @@ def _train(
                     require_same_tokenizer(config, prepared, workdir / "tokenizer.json")
                 write_inputs(config, prepared, workdir)
         with stop.listening():
-            state = run.until(state, steps)
+            state = settled(config.training, run.until(state, steps))
         if stop.name:
             shown.say(f"{stop.name}: saved step {int(state.step)}; the same command goes on")
         else:

@@ -33,6 +33,9 @@ WHOLE_BELOW = 2**16  # numbers; a smaller matrix is not cut
 DATA = ("replica", "node", "local")  # the axes over which a batch is cut
 EXPERTS = ("node", "local")  # ... and routed experts
 
+# What XLA is asked for besides: GPUs else run transport and products one after the other.
+COMPILER = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
+
 WAYS = {"local": (), "all_to_all": (EXPERTS,), "node_limited": (("node",), ("local",))}
 
 
@@ -62,6 +65,11 @@ def build(parallel: Parallel, devices: list | None = None) -> Mesh:
         devices = devices[:1] if alone else devices
     sizes = parallel.sizes(len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """For `jax.jit` of what runs on the mesh."""
+    return COMPILER.get(mesh.devices.flat[0].platform)
 
 
 def require_even_batches(config: Config, mesh: Mesh) -> None:

@@ -4,10 +4,11 @@
 settled when JAX starts, and since a compiler that crashes should not take its caller along. No
 array is made: state and batch are shapes with shardings. The process prints one line of JSON.
 
-For 'cpu' the devices are virtual ones of this host. XLA:CPU computes in FP32 what is BF16, and
+The devices are virtual ones of this host. XLA:CPU, for 'cpu', computes in FP32 what is BF16, and
 would send it so; that pass (`float-normalization-bf16`) is left out, as nothing will run. For
-'h200' it is NVIDIA's own compiler, without a GPU, where its wheels are installed: `jax-cuda13-
-plugin`, `jax-cuda13-pjrt`, `nvidia-cuda-nvcc` and `nvidia-nvvm`.
+'h200' the program is lowered for CUDA and given to NVIDIA's own compiler, without a GPU, where its
+wheels are installed: `jax-cuda13-plugin`, `jax-cuda13-pjrt`, `nvidia-cuda-nvcc` and `nvidia-nvvm`.
+(A description of H200s in place of virtual devices would do, but that it knows of no host memory.)
 """
 
 import importlib.util
@@ -25,20 +26,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax._src import compiler  # what is lowered for other devices is compiled under no public name
 from jax.experimental import topologies
+from jaxlib import xla_client
 
 from dsv3.bindings import Binding, apply, literal
 from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.errors import UserError, exits_cleanly
 from dsv3.parallel import mesh as meshes
-from dsv3.reporting.hlo import Collective, Shape, collectives
+from dsv3.reporting.hlo import Collective, Shape, Transfer, collectives, host_work, transfers
 from dsv3.sweeps import load_config
 from dsv3.training import state as train_state
 from dsv3.training.schedules import value_at
-from dsv3.training.step import make_step
+from dsv3.training.step import jitted_step, operands
 
-TARGETS = ("cpu", "h200")
+TARGETS = ("cpu", "h200")  # of `COMPILE`
 WHEELS = ("jax_plugins.xla_cuda13", "nvidia.cu13")
 WIDENING = [f"float-normalization-{narrow}" for narrow in ("bf16", "f8e4m3fn", "f8e5m2")]
 LARGEST = 8  # buffers that are named
@@ -59,6 +63,8 @@ class Program(NamedTuple):
     host_bytes: int  # at most, of the compiling process
     temporary: int
     collectives: list[Collective]
+    transfers: list[Transfer]  # between a device and its host
+    host_work: list[float]  # FLOP of products while the host computes, each time
     buffers: list[Buffer]  # the largest first
 
 
@@ -95,9 +101,9 @@ def batch_of(config: Config) -> int:
 
 def _environment(devices: int, target: str, folder: str) -> list[str]:
     flags = [f"--xla_dump_to={folder}", "--xla_dump_hlo_module_re=jit_step"]
+    flags += [f"--xla_force_host_platform_device_count={devices}"]
     if target == "cpu":
-        flags += [f"--xla_force_host_platform_device_count={devices}",
-                  "--xla_backend_optimization_level=0",
+        flags += ["--xla_backend_optimization_level=0",
                   f"--xla_disable_hlo_passes={','.join(WIDENING)}"]  # fmt: skip
         return ["JAX_PLATFORMS=cpu", f"XLA_FLAGS={' '.join(flags)}"]
     flags += ["--xla_gpu_autotune_level=0", f"--xla_gpu_cuda_data_dir={_cuda()}"]
@@ -116,33 +122,53 @@ def _cuda() -> str:
     return str(next(iter(cuda.submodule_search_locations or [])))
 
 
-def _devices(target: str, count: int, local: int) -> list | None:
-    """Those to compile for; None are the ones that JAX has started with."""
-    if target == "cpu":
-        return None
-    text = Path(__file__).with_name("h200.txtpb").read_text("utf-8")
-    shape = f"1x{count // local}x{local}"
-    chip: Any = topologies.get_topology_desc(platform="cuda", target_config=text, topology=shape)
-    return list(chip.devices)
-
-
 def _compiled(config: Config, count: int, target: str, dump: Path) -> Program:
     start = time.perf_counter()
-    mesh = meshes.build(config.parallel, _devices(target, count, config.parallel.local))
+    mesh = meshes.build(config.parallel)
     tokens = jax.ShapeDtypeStruct(
         (batch_of(config), config.training.sequence_length + 1), jnp.int32,
         sharding=meshes.batch_sharding(mesh),
     )  # fmt: skip
-    step: Any = make_step(config, mesh)
-    compiled = step.lower(train_state.abstract(config, mesh), tokens).compile()
+    behind = jax.ShapeDtypeStruct((), bool, sharding=meshes.everywhere(mesh))
+    state = operands(train_state.abstract(config, mesh), behind)
+    traced = jitted_step(config, mesh).trace(*state, tokens)
+    text, temporary = COMPILE[target](traced, count, config.parallel.local)
     return Program(
         target=target,
         seconds=time.perf_counter() - start,
         host_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        temporary=compiled.memory_analysis().temp_size_in_bytes,
-        collectives=collectives(compiled.as_text(), dict(mesh.shape)),
+        temporary=temporary,
+        collectives=collectives(text, dict(mesh.shape)),
+        transfers=transfers(text),
+        host_work=host_work(text),
         buffers=_largest(dump),
     )
+
+
+def _for_cpu(traced: Any, count: int, local: int) -> tuple[str, int]:
+    """The program as text, and its temporary memory."""
+    compiled = traced.lower().compile()
+    return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+
+
+def _for_h200(traced: Any, count: int, local: int) -> tuple[str, int]:
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    described = Path(__file__).with_name("h200.txtpb").read_text("utf-8")
+    nodes = topologies.get_topology_desc(
+        platform="cuda", target_config=described, topology=f"1x{count // local}x{local}"
+    )
+    options = compiler.get_compile_options(
+        1, count, np.arange(count)[None], env_options_overrides=meshes.COMPILER["gpu"]
+    )
+    devices: Any = list(nodes.devices)
+    compiled = devices[0].client.compile(
+        lowered.compiler_ir("stablehlo"), xla_client.DeviceList(tuple(devices)), options
+    )
+    temporary = compiled.get_compiled_memory_stats().temp_size_in_bytes
+    return compiled.hlo_modules()[0].to_string(), temporary
+
+
+COMPILE = {"cpu": _for_cpu, "h200": _for_h200}
 
 
 def _largest(dump: Path) -> list[Buffer]:
@@ -165,9 +191,10 @@ def _read(said: dict) -> Program:
         return tuple(Shape(dtype, tuple(dims)) for dtype, dims in listed)
 
     said["collectives"] = [
-        Collective(kind, tuple(axes), group, shapes(left), times, dynamic)
-        for kind, axes, group, left, times, dynamic in said["collectives"]
+        Collective(kind, tuple(axes), group, shapes(left), *rest)
+        for kind, axes, group, left, *rest in said["collectives"]
     ]
+    said["transfers"] = [Transfer(*each) for each in said["transfers"]]
     said["buffers"] = [Buffer(*each) for each in said["buffers"]]
     return Program(**said)
 

@@ -6,20 +6,27 @@ entry and multiplies: the body of a `while` counts as often as XLA says that the
 Where a loop ends on data, or a branch is chosen by it, no one knows: its collectives are counted
 for one time through and marked `dynamic`.
 
+Instructions stand in the order in which they are launched. A collective that is split into `-start`
+and `-done` travels while whatever stands between the two runs: `meanwhile` counts the products.
+
 Devices of a group are named by the axes of the mesh along which they differ. XLA writes groups
 down in three ways, as names of axes, as lists of devices, and as a list reshaped and transposed;
 devices are numbered along the mesh, its last axis fastest.
 """
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
          "collective-permute")  # fmt: skip
+COPIES = ("copy", "copy-start")
+HOST = "S(5)"  # in a type: what lies in the host's memory
+HOST_THREAD = 'async_execution_thread="host"'  # of what the host computes
 # Asynchronous halves whose type is (operand, result, ...); of the others it is the result.
 WITH_OPERAND = ("all-gather-start", "collective-permute-start", "ragged-all-to-all-start")
 
@@ -32,6 +39,8 @@ _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _BY_NAME = re.compile(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}")
 _BY_LIST = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 _BY_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_FIRST = re.compile(r"\(%?([\w.\-]+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]+)\}")
 _BITS = re.compile(r"^[a-z]+(\d+)")
 
 
@@ -56,6 +65,7 @@ class Collective(NamedTuple):
     shapes: tuple[Shape, ...]
     times: int  # a step; one time through where `dynamic`
     dynamic: bool
+    meanwhile: float = 0.0  # FLOP of the products that are launched before it is waited for
 
     @property
     def dtype(self) -> str:
@@ -81,11 +91,23 @@ class Collective(NamedTuple):
         return sum(math.prod(shape.dims[:leading]) for shape in self.shapes)
 
 
+class Transfer(NamedTuple):
+    """A copy between a device's memory and its host's."""
+
+    to_host: bool
+    bytes: int
+    times: int  # a step
+    meanwhile: float  # as of a collective
+
+
 class Instruction(NamedTuple):
+    name: str
     opcode: str
     shapes: tuple[Shape, ...]
     called: tuple[str, ...]
     trips: int | None  # of a while; None where the program does not know
+    flops: float  # of a product
+    to_host: bool | None  # of a copy; None where it stays in one memory
     line: str
 
 
@@ -94,35 +116,76 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
     `mesh` maps its axes to their sizes, in order. Groups of one device are left out.
     """
-    entry, program = computations(text)
-    found = [*_walk(program, entry, 1, False, _with_collectives(program), mesh)]
-    return [one for one in found if one.group > 1]
+    found = []
+    for one, times, dynamic, meanwhile in _walked(text, lambda one: _kind(one.opcode)):
+        axes, group = _group(one.line, mesh)
+        kind = one.opcode.removesuffix("-start")
+        if group > 1:
+            found.append(Collective(kind, axes, group, one.shapes, times, dynamic, meanwhile))
+    return found
+
+
+def transfers(text: str) -> list[Transfer]:
+    """Every copy between device and host that a step of the program runs."""
+    return [
+        Transfer(bool(one.to_host), one.shapes[0].bytes, times, meanwhile)
+        for one, times, _, meanwhile in _walked(text, lambda one: one.to_host is not None)
+    ]
+
+
+def host_work(text: str) -> list[float]:
+    """For each thing that the host computes: the FLOP of products that devices do meanwhile."""
+    found = _walked(text, lambda one: one.opcode.endswith("-start") and HOST_THREAD in one.line)
+    return [meanwhile for *_, meanwhile in found]
 
 
 def computations(text: str) -> tuple[str, dict[str, list[Instruction]]]:
-    """The name of the entry, and the instructions of every computation that call or communicate."""
-    entry, here, program = "", "", {}
+    """The name of the entry, and what calls, communicates or multiplies in every computation."""
+    entry, here, program, types = "", "", {}, {}
     for line in text.splitlines():
         if start := _COMPUTATION.match(line):
-            here = start[2]
+            here, types = start[2], {}
             program[here] = []
             entry = here if start[1] else entry
-        elif (named := _INSTRUCTION.match(line)) and (one := _instruction(line, named.end())):
-            program[here].append(one)
+        elif named := _INSTRUCTION.match(line):
+            name, end = named[1], _end_of_type(line, named.end())
+            types[name] = line[named.end() : end]
+            if one := _instruction(name, line[end:], types):
+                program[here].append(one)
     return entry, program
 
 
-def _instruction(line: str, start: int) -> Instruction | None:
-    end = _end_of_type(line, start)
-    opcode = line[end : line.index("(", end)].strip()
+def _instruction(name: str, line: str, types: Mapping[str, str]) -> Instruction | None:
+    opcode = line[: line.index("(")].strip()
     called = _CALLED.findall(line)
     if branches := _BRANCHES.search(line):
-        called += [name.strip().lstrip("%") for name in branches[1].split(",")]
-    if _kind(opcode) is None and not called:
+        called += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
+    multiplies = opcode == "dot"
+    travels = _kind(opcode) or opcode in COPIES or HOST_THREAD in line or opcode.endswith("-done")
+    if not (called or multiplies or travels):
         return None
     trips = _TRIPS.search(line)
-    shapes = _results(opcode, line[start:end])
-    return Instruction(opcode, shapes, tuple(called), int(trips[1]) if trips else None, line[end:])
+    shapes = _results(opcode, types[name])
+    flops = _flops(shapes[0], line, types) if multiplies else 0.0
+    to_host = _to_host(opcode, line, types[name], types) if opcode in COPIES else None
+    number = int(trips[1]) if trips else None
+    return Instruction(name, opcode, shapes, tuple(called), number, flops, to_host, line)
+
+
+def _to_host(opcode: str, line: str, kind: str, types: Mapping[str, str]) -> bool | None:
+    into, *source = _elements(kind) if opcode == "copy-start" else [kind]
+    [origin, *_] = source or [types.get(_FIRST.findall(line)[0], "")]
+    there, here = HOST in into, HOST in origin
+    return None if there == here else there
+
+
+def _flops(product: Shape, line: str, types: Mapping[str, str]) -> float:
+    contracted = _CONTRACTED.search(line)
+    if not contracted:
+        return 0.0
+    [shape] = _results("", types[_FIRST.findall(line)[0]])
+    over = math.prod(shape.dims[int(d)] for d in contracted[1].split(","))
+    return 2.0 * math.prod(product.dims) * over
 
 
 def _end_of_type(line: str, start: int) -> int:
@@ -161,36 +224,56 @@ def _kind(opcode: str) -> str | None:
     return name if name in KINDS else None
 
 
-def _with_collectives(program: Mapping[str, list[Instruction]]) -> set[str]:
-    """The computations that communicate, themselves or through those that they call."""
-    found: set[str] = set()
-    grown = True
-    while grown:
-        before = len(found)
-        for name, instructions in program.items():
-            if any(_kind(i.opcode) or found & set(i.called) for i in instructions):
-                found.add(name)
-        grown = len(found) > before
-    return found
+def _walked(
+    text: str, wanted: Callable[[Instruction], Any]
+) -> Iterator[tuple[Instruction, int, bool, float]]:
+    """The instructions that are `wanted`: how often, whether that is known, FLOP meanwhile."""
+    entry, program = computations(text)
+    return _Walk(program, wanted).through(entry, 1, False)
 
 
-def _walk(
-    program: Mapping[str, list[Instruction]], name: str, times: int, dynamic: bool,
-    worthwhile: set[str], mesh: Mapping[str, int],
-) -> Iterator[Collective]:  # fmt: skip
-    for one in program[name]:
-        if kind := _kind(one.opcode):
-            axes, group = _group(one.line, mesh)
-            yield Collective(kind, axes, group, one.shapes, times, dynamic)
-            continue
-        unknown = one.opcode == "conditional" or (one.opcode == "while" and one.trips is None)
-        trips = one.trips or 1 if one.opcode == "while" else 1
-        if one.opcode == "while" and one.trips == 0:
-            continue
-        for inner in one.called:
-            if inner in worthwhile:
-                inside = times * trips, dynamic or unknown
-                yield from _walk(program, inner, *inside, worthwhile, mesh)
+class _Walk:
+    """Through the computations that matter, each as often as it is called."""
+
+    def __init__(self, program: Mapping[str, list[Instruction]], wanted: Callable):
+        self.program, self.wanted = program, wanted
+        self.flops = functools.cache(self._flops)
+        self.matters = functools.cache(self._matters)
+
+    def through(self, name: str, times: int, dynamic: bool) -> Iterator[tuple]:
+        instructions = self.program[name]
+        for place, one in enumerate(instructions):
+            if self.wanted(one):
+                yield one, times, dynamic, self._meanwhile(one, instructions[place + 1 :])
+                continue
+            unknown = one.opcode == "conditional" or (one.opcode == "while" and one.trips is None)
+            for inner in one.called:
+                if one.trips != 0 and self.matters(inner):
+                    yield from self.through(inner, times * _trips(one), dynamic or unknown)
+
+    def _matters(self, name: str) -> bool:
+        return any(
+            self.wanted(one) or any(map(self.matters, one.called)) for one in self.program[name]
+        )
+
+    def _meanwhile(self, start: Instruction, later: Sequence[Instruction]) -> float:
+        """FLOP between a `-start` and its `-done`; 0 for what is waited for at once."""
+        total = 0.0
+        for one in later:
+            if one.opcode.endswith("-done") and _FIRST.findall(one.line)[0] == start.name:
+                return total
+            total += self._work(one)
+        return 0.0
+
+    def _work(self, one: Instruction) -> float:
+        return one.flops + _trips(one) * sum(map(self.flops, one.called))
+
+    def _flops(self, name: str) -> float:
+        return sum(map(self._work, self.program[name]))
+
+
+def _trips(one: Instruction) -> int:
+    return one.trips or 1 if one.opcode == "while" else 1
 
 
 def _group(attributes: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:

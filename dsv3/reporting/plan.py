@@ -109,7 +109,10 @@ def tokens_at_once(config: Config, sizes: Sizes) -> int:
 
 
 def memory_of(config: Config, sizes: Sizes, program: Program, hardware: Hardware) -> dict[str, Any]:
-    """Bytes of a device; `ema` is in the host's memory and in no sum."""
+    """Bytes of a device; `ema` is in the host's memory and in no sum.
+
+    `to_host` and `from_host` are copied in a step, as a GPU's program says; a CPU's has no copies.
+    """
     mesh: Any = AbstractMesh(tuple(sizes), meshes.AXES)
     state = train_state.abstract(config, mesh)
     whole, gradients = gathered_bytes(config, mesh, state.params)
@@ -118,6 +121,8 @@ def memory_of(config: Config, sizes: Sizes, program: Program, hardware: Hardware
     total = sum(lying.values()) + program.temporary
     return lying | {
         "ema": bytes_of(state.ema),
+        "to_host": copied(program, to_host=True),
+        "from_host": copied(program, to_host=False),
         "gathered": whole,
         "gradients": gradients,
         "temporary": program.temporary,
@@ -126,6 +131,11 @@ def memory_of(config: Config, sizes: Sizes, program: Program, hardware: Hardware
         "fits": total <= hardware.memory,
         "largest": [buffer._asdict() for buffer in program.buffers],
     }
+
+
+def copied(program: Program, to_host: bool) -> int:
+    """Bytes between a device and its host in a step, that way."""
+    return sum(one.times * one.bytes for one in program.transfers if one.to_host == to_host)
 
 
 def bytes_of(tree) -> int:
@@ -185,7 +195,8 @@ def traffic_of(
     """One row for each kind of collective, by axes and dtype; bytes that a device sends in a step.
 
     `sent` is counted, `travels` what an even router fills of it; `within_node` and `between_nodes`
-    divide the latter by link. `repeated` is whether each micro-batch does it again.
+    divide the latter by link. `repeated` is whether each micro-batch does it again, `meanwhile` the
+    FLOP of products that the program launches while it is under way; of a CPU's program, none.
     """
     mesh, at_once = sizes._asdict(), tokens_at_once(config, sizes)
     pieces = micro_batches(config)
@@ -196,11 +207,12 @@ def traffic_of(
         row = rows.setdefault(key, {
             "kind": one.kind, "axes": list(one.axes), "dtype": one.dtype, "devices": one.group,
             "times": 0, "sent": 0.0, "travels": 0.0, "within_node": 0.0, "between_nodes": 0.0,
-            "dynamic": one.dynamic, "repeated": repeated,
+            "dynamic": one.dynamic, "repeated": repeated, "meanwhile": 0.0,
         })  # fmt: skip
         share = filled(one, at_once, copies)
         within, between = links(one, mesh)
         row["times"] += one.times
+        row["meanwhile"] += one.times * one.meanwhile
         row["sent"] += one.times * one.sent
         row["travels"] += one.times * one.sent * share
         row["within_node"] += one.times * within * share

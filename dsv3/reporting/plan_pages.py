@@ -60,6 +60,9 @@ def _memory(plan: Figures) -> list[str]:
     rows += [("  of them the rest: activations, logits, rows of experts", _gb(rest), "derived"),
              ("together", _gb(memory["total"]), "counted"),
              ("in host memory: EMA, FP32", _gb(memory["ema"]), "counted")]  # fmt: skip
+    if memory["to_host"] or memory["from_host"]:
+        rows += [("copied to the host in a step", _gb(memory["to_host"]), "counted"),
+                 ("copied from it", _gb(memory["from_host"]), "counted")]  # fmt: skip
     verdict = "fits" if memory["fits"] else "does not fit"
     lines = _table(("a device holds", "GB", ""), rows)
     lines.append(f"{verdict} the {memory['device'] / GB:.0f} GB of an "
@@ -72,12 +75,17 @@ def _memory(plan: Figures) -> list[str]:
 
 
 def _collectives(plan: Figures) -> list[str]:
+    scheduled = any(one["meanwhile"] for one in plan["collectives"])
+
     def row(one):
         axes = " · ".join(one["axes"])
-        return (one["kind"], axes, one["devices"], one["dtype"], f"{one['times']:,}",
+        meanwhile = (f"{one['meanwhile'] / 1e12:,.3f}",) if scheduled else ()
+        return (one["kind"], axes, one["devices"], one["dtype"], f"{one['times']:,}", *meanwhile,
                 _gb(one["sent"]), _gb(one["travels"]))  # fmt: skip
 
-    head = ("collective", "axes", "group", "dtype", "times a step", "GB counted", "GB that travel")
+    during = ("TFLOP meanwhile",) if scheduled else ()
+    head = ("collective", "axes", "group", "dtype", "times a step", *during, "GB counted",
+            "GB that travel")  # fmt: skip
     sure = [row(one) for one in plan["collectives"] if not one["dynamic"]]
     maybe = [row(one) for one in plan["collectives"] if one["dynamic"]]
     lines = _table(head, sure) or ["no collectives: one device"]

@@ -35,6 +35,7 @@ class TrainState:
     router_bias: nnx.State  # FP32, moved by the sign rule only
     moments: optax.OptState
     ema: nnx.State | None  # FP32 average of params, in host memory
+    behind: Array | None = None  # bool: `ema` lacks the last step, see `average`; None: it has all
 
 
 @jax.tree_util.register_dataclass

@@ -1,11 +1,12 @@
 """One optimizer step, as one pure function of state and batch (§4.2).
 
-    gradients over micro-batches -> clip -> AdamW -> router bias by the sign rule -> EMA
+    gradients over micro-batches -> clip -> AdamW -> router bias by the sign rule
 
 Expert counts are summed over the whole batch before the bias moves, once a step. The guard stands
 at the end: if the loss, the gradient or what would be stored is not finite, the new state is the
 old one, whole, with only `skipped` and `skipped_in_a_row` counted up. It is a select over every
-array, so nothing computed from a bad batch survives, the bias and the average included.
+array, so nothing computed from a bad batch survives, the bias included. The average (`average`) is
+moved meanwhile, by the parameters that the step begins with, and by none that the guard refused.
 """
 
 import functools
@@ -24,6 +25,8 @@ from dsv3.config import AuxFree, Config
 from dsv3.model.router import updated_bias
 from dsv3.model.transformer import Stats
 from dsv3.parallel import mesh as meshes
+from dsv3.parallel.processes import compiled_together
+from dsv3.training.average import moved
 from dsv3.training.losses import Losses, training_loss
 from dsv3.training.optimizer import adamw
 from dsv3.training.schedules import learning_rate, value_at
@@ -35,7 +38,7 @@ Metrics = dict[str, Array]
 def make_step(
     config: Config, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
-    """The jitted step: (state, int32 tokens [B, T + 1]) to (state, metrics); donates the state.
+    """The compiled step: (state, int32 tokens [B, T + 1]) to (state, metrics); donates the state.
 
     Metrics are scalars, and `load` int32 [L, E]: the expert counts of the step. Configurations that
     differ in neither model, training nor mesh share one compiled step. Without a mesh it is a step
@@ -43,6 +46,27 @@ def make_step(
     on any device yet. Raises ConfigError where the batches of `config` do not divide.
     """
     mesh = mesh or meshes.build(Parallel())
+    jitted = compiled_together(jitted_step(config, mesh))
+
+    def step(state: TrainState, tokens_BS: Array) -> tuple[TrainState, Metrics]:
+        behind = state.behind if state.behind is not None else _false(mesh)
+        return jitted(*operands(state, behind), tokens_BS)
+
+    return step
+
+
+@functools.cache
+def _false(mesh: Mesh) -> Array:
+    return jax.jit(lambda: jnp.zeros((), bool), out_shardings=meshes.everywhere(mesh))()
+
+
+def operands(state: TrainState, behind) -> tuple[TrainState, tuple]:
+    """What `jitted_step` donates, and what it does not: the average that the host reads."""
+    return replace(state, ema=None, behind=None), (state.ema, behind)
+
+
+def jitted_step(config: Config, mesh: Mesh):
+    """The step before it is compiled, a function of `(*operands(state, behind), tokens)`."""
     meshes.require_even_batches(config, mesh)
     matters = {"model": config.model, "training": config.training, "parallel": config.parallel}
     return _jitted_step(replace(Config(), **matters), mesh)
@@ -54,14 +78,16 @@ def _jitted_step(config: Config, mesh: Mesh):
     optimizer = adamw(training.optimizer)
     gradients_of = _gradients(config, mesh)
 
-    def step(state: TrainState, tokens_BS: Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, average: tuple, tokens_BS: Array) -> tuple[TrainState, Metrics]:
+        ema, behind = average
+        ema, tokens_BS = moved(ema, state.params, behind, training.ema_decay, tokens_BS)
         tokens = state.sequences.astype(jnp.float32) * training.sequence_length
         fraction = tokens / training.tokens
         rate = learning_rate(training, state.step.astype(jnp.float32), fraction)
         mtp_weight = value_at(training.mtp_weight, fraction)
 
-        gradients, losses, stats = gradients_of(
-            state.params, state.router_bias, tokens_BS, mtp_weight
+        gradients, losses, stats, ema = gradients_of(
+            state.params, state.router_bias, tokens_BS, mtp_weight, ema
         )
         norm = optax.tree.norm(gradients)
         gradients = jax.tree.map(
@@ -85,29 +111,34 @@ def _jitted_step(config: Config, mesh: Mesh):
             params=keep(params, state.params),
             router_bias=keep(bias, state.router_bias),
             moments=keep(moments, state.moments),
-            ema=_averaged(finite, state.ema, params, training.ema_decay),
+            ema=ema,
+            behind=None if ema is None else finite,
         )
         return state, _metrics(state, losses, stats, norm, rate)
 
-    placed = placement(config, mesh)
+    placed, everywhere = placement(config, mesh), meshes.everywhere(mesh)
+    given, average = operands(placed, everywhere)
+    after = replace(placed, behind=None if placed.ema is None else everywhere)
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(placed, meshes.batch_sharding(mesh)),
-        out_shardings=(placed, meshes.everywhere(mesh)),
+        step, donate_argnums=0, in_shardings=(given, average, meshes.batch_sharding(mesh)),
+        out_shardings=(after, everywhere), compiler_options=meshes.compiler_options(mesh),
     )  # fmt: skip
 
 
 def _gradients(config: Config, mesh: Mesh):
-    """(parameters, router bias, tokens, MTP weight) to gradients, losses and counts.
+    """(parameters, router bias, tokens, MTP weight, average) to gradients, losses, counts, average.
 
     On several devices each runs this on its part of all of them, see `shard`. The loss of a device
-    is its share of the whole loss, so that gradients are sums.
+    is its share of the whole loss, so that gradients are sums. The average passes through: the host
+    moves it meanwhile.
     """
     dtype, micro_batch = jnp.dtype(config.training.compute_dtype), config.training.micro_batch
-    params = abstract(config, mesh).params
+    state = abstract(config, mesh)
+    params = state.params
     shard = meshes.shard_of(config, mesh, params)
     graph = graphdef(config, shard)
 
-    def of_one_device(params, router_bias, tokens_BS: Array, mtp_weight: Array):
+    def of_one_device(params, router_bias, tokens_BS: Array, mtp_weight: Array, average):
         whole, cut_again = jax.vjp(shard.params, params)
 
         def loss(params, tokens):
@@ -120,35 +151,36 @@ def _gradients(config: Config, mesh: Mesh):
             return gradients, losses, stats
 
         size = micro_batch // shard.data_ranks if micro_batch else tokens_BS.shape[0]
-        gradients, losses, stats = _accumulated(
-            one, tokens_BS.reshape(-1, size, tokens_BS.shape[1])
-        )
+        pieces = tokens_BS.reshape(-1, size, tokens_BS.shape[1])
+        (gradients, losses, stats), average = _accumulated(one, pieces, average)
         [gradients] = cut_again(gradients)
         losses = jax.tree.map(shard.mean, losses)
         counts_LE = shard.sum(stats.counts_LE)
-        return gradients, losses, stats._replace(counts_LE=counts_LE)
+        return gradients, losses, stats._replace(counts_LE=counts_LE), average
 
     if mesh.size == 1:
         return of_one_device
-    specs = jax.tree.map(lambda x: x.sharding.spec, params)
+    specs, average = jax.tree.map(lambda x: x.sharding.spec, (params, state.ema))
     return jax.shard_map(
-        of_one_device, mesh=mesh, in_specs=(specs, jax.P(), jax.P(meshes.DATA), jax.P()),
-        out_specs=(specs, jax.P(), jax.P()), check_vma=False,
+        of_one_device, mesh=mesh, in_specs=(specs, jax.P(), jax.P(meshes.DATA), jax.P(), average),
+        out_specs=(specs, jax.P(), jax.P(), average), check_vma=False,
     )  # fmt: skip
 
 
-def _accumulated(one: Callable, pieces: Array):
-    """Gradients and losses of `one` piece after the other, their mean; counts, their sum."""
+def _accumulated(one: Callable, pieces: Array, meanwhile):
+    """Gradients and losses of `one` piece after the other, their mean; counts, their sum. And
+    `meanwhile`, which is waited for where the loop over pieces ends: XLA then begins it before."""
     if len(pieces) == 1:
-        return one(pieces[0])
+        return one(pieces[0]), meanwhile
 
     def accumulate(total, tokens):
         return jax.tree.map(jnp.add, total, one(tokens)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, pieces[0]))
-    (gradients, losses, stats), _ = lax.scan(accumulate, zeros, pieces)
+    sums, _ = lax.scan(accumulate, zeros, pieces)
+    (gradients, losses, stats), meanwhile = lax.optimization_barrier((sums, meanwhile))
     mean = 1.0 / len(pieces)
-    return *jax.tree.map(lambda x: x * mean, (gradients, losses)), stats
+    return (*jax.tree.map(lambda x: x * mean, (gradients, losses)), stats), meanwhile
 
 
 def _moved_bias(config: Config, router_bias, stats: Stats, speed: Array):
@@ -171,19 +203,6 @@ def _moved_bias(config: Config, router_bias, stats: Stats, speed: Array):
 def _select(finite: Array, new, old):
     """The tree `new` where finite, else `old`."""
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-
-def _averaged(finite: Array, ema, params, decay: float | None):
-    """The EMA (§3.2.3): fetched from host memory, moved towards `params`, put back."""
-    if ema is None or decay is None:
-        return None
-
-    def move(average, p):
-        average = jax.device_put(average, jax.memory.Space.Device)
-        moved = average + (1 - decay) * (p - average)
-        return jax.device_put(jnp.where(finite, moved, average), jax.memory.Space.Host)
-
-    return jax.tree.map(move, ema, params)
 
 
 def _metrics(state: TrainState, losses: Losses, stats: Stats, norm: Array, rate: Array) -> Metrics:

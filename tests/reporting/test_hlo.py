@@ -8,7 +8,14 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 
-from dsv3.reporting.hlo import Collective, Shape, collectives
+from dsv3.reporting.hlo import (
+    Collective,
+    Shape,
+    Transfer,
+    collectives,
+    host_work,
+    transfers,
+)
 
 SIZES = {"pipe": 1, "replica": 2, "node": 2, "local": 2}
 ROWS, WIDTH = 16, 8
@@ -121,3 +128,56 @@ def test_dtypes_have_sizes(dtype, size):
 def test_rows_that_arrive_are_those_of_the_buffer():
     ragged = Collective("ragged-all-to-all", ("node",), 2, (Shape("bf16", (32, 4)),), 1, False)
     assert ragged.rows == 32 and ragged.whole == 256 and ragged.sent == 128
+
+
+# --- schedules ---------------------------------------------------------------------------------
+
+SCHEDULE = """HloModule m, is_scheduled=true
+
+%fused (a: f32[4,16], b: f32[16,8]) -> f32[4,8] {
+  %a = f32[4,16]{1,0} parameter(0)
+  %b = f32[16,8]{1,0} parameter(1)
+  ROOT %dot.1 = f32[4,8]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (s: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %s = (s32[], f32[4,8]{1,0}) parameter(0)
+  ROOT %inner = f32[4,8]{1,0} fusion(%s), kind=kCustom, calls=%fused
+}
+
+ENTRY %main (x: f32[4,16], w: f32[16,8], h: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,16]{1,0} parameter(0)
+  %w = f32[16,8]{1,0} parameter(1)
+  %h = f32[4,8]{1,0:S(5)} parameter(2)
+  %gather-start = (f32[4,16]{1,0}, f32[8,16]{1,0}) all-gather-start(%x), replica_groups={{0,1}}
+  %down = (f32[16,8]{1,0:S(5)}, f32[16,8]{1,0}, u32[]) copy-start(%w)
+  %y = f32[4,8]{1,0} fusion(%x, %w), kind=kCustom, calls=%fused
+  %down-done = f32[16,8]{1,0:S(5)} copy-done(%down)
+  %loop = (s32[], f32[4,8]{1,0}) while(%y), body=%body, c={"known_trip_count":{"n":"3"}}
+  %gather = f32[8,16]{1,0} all-gather-done(%gather-start)
+  %other-start = (f32[4,16]{1,0}, f32[8,16]{1,0}) all-gather-start(%x), replica_groups={{0,1}}
+  %other = f32[8,16]{1,0} all-gather-done(%other-start)
+  %moved = f32[4,16]{1,0} copy(%x)
+  %host-start = ((f32[4,8]{1,0:S(5)}), f32[4,8]{1,0:S(5)}, u32[]) custom-call-start(%h), HOST
+  %early = f32[4,8]{1,0} fusion(%x, %w), kind=kCustom, calls=%fused
+  %host-done = f32[4,8]{1,0:S(5)} custom-call-done(%host-start)
+  %up = f32[4,8]{1,0} copy(%h)
+  ROOT %late = f32[4,8]{1,0} fusion(%x, %w), kind=kCustom, calls=%fused
+}
+""".replace("HOST", 'async_execution_thread="host", custom_call_target="HostExecute"')
+
+
+def test_products_that_run_while_something_travels_are_counted():
+    one = 2.0 * 4 * 8 * 16
+    early, late = collectives(SCHEDULE, {"local": 2})
+    assert (early.meanwhile, late.meanwhile) == (one + 3 * one, 0.0)
+
+
+def test_copies_between_device_and_host_are_found():
+    down, up = transfers(SCHEDULE)
+    assert down == Transfer(to_host=True, bytes=4 * 16 * 8, times=1, meanwhile=2.0 * 4 * 8 * 16)
+    assert up == Transfer(to_host=False, bytes=4 * 4 * 8, times=1, meanwhile=0.0)
+
+
+def test_the_host_computes_while_products_run():
+    assert host_work(SCHEDULE) == [2.0 * 4 * 8 * 16]

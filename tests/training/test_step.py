@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3.config import Config
+from dsv3.config import Config, Parallel
+from dsv3.parallel import mesh as meshes
 from dsv3.training import state as train_state
-from dsv3.training.step import make_step
+from dsv3.training.average import settled
+from dsv3.training.step import _false, jitted_step, make_step, operands
 from tests.training.small import CONFIG, tokens
 
 
@@ -29,7 +31,7 @@ def one_step(config, *, seed=3, state=None):
 def learning_state():
     """A state two steps in: past the warm-up's rate of zero, with moments and a bias."""
     state, _ = one_step(CONFIG, seed=1)
-    return one_step(CONFIG, seed=2, state=state)[0]
+    return settled(CONFIG.training, one_step(CONFIG, seed=2, state=state)[0])
 
 
 def test_it_learns_a_batch_by_heart():
@@ -85,14 +87,29 @@ def test_without_bias_balancing_the_bias_stays(balance):
     assert (metrics["loss_balance"] > 0) == (balance == "aux_loss")
 
 
-def test_the_average_follows_the_parameters_from_host_memory():
+def test_the_average_follows_the_parameters_one_step_behind():
     before = learning_state()
     old = jax.device_get((before.ema, before.params))
     after, _ = one_step(CONFIG, state=before)
+    chex.assert_trees_all_equal(jax.device_get(after.ema), old[0])
+    average = settled(CONFIG.training, after)
     expected = jax.tree.map(lambda a, p: a + 0.1 * (p - a), old[0], jax.device_get(after.params))
-    chex.assert_trees_all_close(jax.device_get(after.ema), expected, rtol=1e-5, atol=1e-7)
-    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(after.ema)}
-    assert kinds == {"pinned_host"}
+    chex.assert_trees_all_close(jax.device_get(average.ema), expected, rtol=1e-5, atol=1e-7)
+    assert settled(CONFIG.training, average) is average
+    later, _ = one_step(CONFIG, state=after)
+    chex.assert_trees_all_equal(later.ema, average.ema)  # bit for bit, whoever moved it
+    for ema in (average.ema, later.ema):
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(ema)} == {"pinned_host"}
+
+
+def test_no_parameters_are_averaged_twice():
+    """Steps that go on from a settled average, as a resumed run does, and steps that never were."""
+    straight, saved = learning_state(), learning_state()
+    for seed in range(3):
+        straight, _ = one_step(CONFIG, seed=seed, state=straight)
+        saved, _ = one_step(CONFIG, seed=seed, state=saved)
+        saved = settled(CONFIG.training, saved)
+    chex.assert_trees_all_equal(settled(CONFIG.training, straight), saved)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
@@ -124,6 +141,7 @@ def test_a_refused_step_touches_nothing_but_its_count(where):
     before = poisoned(learning_state(), where)
     kept = jax.device_get(before)
     after, metrics = one_step(CONFIG, state=before)
+    after = settled(CONFIG.training, after)
     if where == "params":
         assert not np.isfinite(metrics["loss"])
     chex.assert_trees_all_equal(
@@ -133,6 +151,15 @@ def test_a_refused_step_touches_nothing_but_its_count(where):
         jax.tree.map(np.asarray, dataclasses.replace(kept, skipped=0, skipped_in_a_row=0)),
     )
     assert int(after.skipped) == int(after.skipped_in_a_row) == 1
+
+
+def test_a_refused_step_is_not_averaged_and_the_good_one_before_it_is():
+    good, _ = one_step(CONFIG, state=learning_state())
+    average = jax.device_get(settled(CONFIG.training, good).ema)
+    after, metrics = one_step(CONFIG, state=poisoned(good, "router_bias"))
+    assert int(metrics["skipped"]) == 1
+    chex.assert_trees_all_equal(jax.device_get(after.ema), average)
+    chex.assert_trees_all_equal(jax.device_get(settled(CONFIG.training, after).ema), average)
 
 
 def test_a_good_step_ends_the_row_of_refused_ones():
@@ -161,10 +188,16 @@ def test_a_step_compiles_once():
     step, state = make_step(CONFIG), train_state.create(CONFIG)
     for seed in range(2):
         state, _ = step(state, np.asarray(tokens(seed)))
-    compiled = step._cache_size()
+    jitted = jitted_step(CONFIG, meshes.build(Parallel()))
+    compiled = jitted._cache_size()
     for seed in range(3):
         state, _ = make_step(other_data)(state, np.asarray(tokens(seed)))
-    assert step._cache_size() == compiled
+    assert jitted._cache_size() == compiled
+    first = operands(train_state.create(CONFIG), _false(meshes.build(Parallel())))
+    for begun, later in zip(
+        jax.tree.leaves(first), jax.tree.leaves(operands(state, state.behind)), strict=True
+    ):
+        assert jax.typeof(begun) == jax.typeof(later)  # else the second step would compile again
 
 
 def test_the_abstract_state_is_the_real_one():
