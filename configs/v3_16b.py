@@ -18,7 +18,9 @@ Optimisation is V2-Lite's (arXiv 2405.04434, App. B), the report being silent: 4
 tokens. Gates are not scaled, as in V2-Lite. The tokenizer is a BPE trained on the corpus, since the
 one of the V3 release has more than 102,400 entries.
 
-The mesh is nodes of 8 devices that each hold all experts among them, as many nodes as there are.
+The mesh is nodes of 8 devices that each hold all experts among them, as many nodes as there are. A
+micro-batch is one sequence for each device of a node, which 80 GB have room for (65 GB in use, see
+docs/plan.md): on n nodes bind `training.micro_batch` to 8 n.
 """
 
 from dsv3.config import AuxFree, Config, Data, Mla, Model, Moe, Parallel, Phase, Training
@@ -62,7 +64,7 @@ def training() -> Training:
     return Training(
         tokens=1.33e12,
         sequence_length=4096,
-        micro_batch=64,
+        micro_batch=8,
         batch=(Phase("constant", 1, 4608),),
         batch_increment=4608,
         learning_rate=4.2e-4,

@@ -17,6 +17,7 @@ from dsv3.parallel import mesh as meshes
 from dsv3.parallel.shard import path_of
 from dsv3.reporting import compiled, hardware, plan
 from dsv3.reporting.plan_pages import picture, text
+from dsv3.sweeps import load_config
 from dsv3.training import state as train_state
 from tests.training.small import CONFIG
 
@@ -172,6 +173,13 @@ def test_fp8_travels_as_such(tmp_path):
     program = compiled.compile_step(str(tmp_path / "small.py"), bound, 2, "cpu")
     exchanged = {one.dtype for one in program.collectives if one.kind == "all-to-all"}
     assert exchanged == {"f8e4m3fn", "bf16", "f32", "s32"}
+
+
+def test_the_16b_model_fits_8_devices_of_80_gb():
+    config = load_config("configs/v3_16b.py")
+    program = compiled.compile_step("configs/v3_16b.py", [], 8, "cpu")
+    memory = plan.memory_of(config, config.parallel.sizes(8), program, hardware.H800)
+    assert memory["fits"] and 60e9 < memory["total"] < 70e9
 
 
 def test_copies_of_a_token_are_its_distinct_ranks():
