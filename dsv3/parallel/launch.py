@@ -9,6 +9,9 @@ Where a process does not come, or dies later, that runtime aborts the others, ea
 its own, with pages of C++ and a signal. So the work is done in a child, and its parent, which never
 starts JAX, passes on what it says and the signals it gets, and at its end says in one line what the
 runtime said in many: which process was missed. The child dies with its parent, whoever kills that.
+
+The death of process 0, and so of the service, is seen at once. That of another is when its parent
+announces it; where that died as well, a whole host for instance, when heartbeats stay away.
 """
 
 import contextlib
@@ -30,9 +33,11 @@ from jax._src.lib import _jax
 
 from dsv3.errors import UserError, exits_cleanly
 
-HEARTBEAT_SECONDS = 60  # without one a process is dead; the end of process 0 is seen at once
+HEARTBEAT_SECONDS = 60  # without one a process is dead
+ANNOUNCE_SECONDS = 5  # that an announcement of a death may take
 SHUTDOWN_SECONDS = 60  # between the end of the first process and the last
 LOST = re.compile(r"gloo|nccl|connection|socket|coordination|DEADLINE|UNAVAILABLE|CANCELLED", re.I)
+SERVICE_KNOWS = "the JAX distributed service detected fatal errors"
 AGAIN = "the same command resumes from the last checkpoint"
 _PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 _TAIL = 1 << 15  # bytes of a child's last words
@@ -164,7 +169,29 @@ def _supervise(place: Place, seconds: int) -> None:
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         raise SystemExit(code)
+    if SERVICE_KNOWS not in said:
+        _announce(place)
     raise UserError(f"process {place.process}: {_reason(said, code, place, seconds)}")
+
+
+def _announce(place: Place) -> None:
+    """Let the others know that this process died, where the service is not its own.
+
+    The service has no word for it, but it knows a process that comes again for one that died, and
+    ends the rest. That is done in a process of its own, which the runtime may abort.
+    """
+    if place.process == 0:
+        return
+    again = os.fork()
+    if again:
+        os.waitpid(again, 0)
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    with contextlib.suppress(Exception):
+        _jax.get_distributed_runtime_client(
+            place.coordinator, place.process, init_timeout=ANNOUNCE_SECONDS, use_compression=True
+        ).connect()
+    os._exit(0)
 
 
 def _signal(child: int, number: int) -> None:
@@ -196,6 +223,8 @@ def _reason(said: str, code: int, place: Place, seconds: int) -> str:
         return f"process 0 did not answer at {place.coordinator} in {seconds} s"
     if dead := re.findall(r"stopped sending heartbeats\):\s*((?:\d+\s+)+)", said):
         return f"{_listed(dead[-1])} died; {AGAIN}"
+    if dead := re.findall(r"(\d+) unexpectedly tried to connect", said):
+        return f"{_listed(' '.join(set(dead)))} died; {AGAIN}"
     if "leader task was preempted" in said:
         return f"process 0 died or cannot be reached; {AGAIN}"
     return f"ended by {signal.Signals(-code).name}; {AGAIN}"

@@ -63,6 +63,14 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(tmp_path, alone):
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)
 
 
+def test_a_death_is_announced_to_those_who_wait(tmp_path):
+    with workers(3, tmp_path, "vanish") as begun:
+        said = outputs(begun)
+    assert [process.returncode for process in begun] == [2] * 3, said
+    for process, reason in enumerate(["process 1 died", "ended by SIGKILL", "process 1 died"]):
+        assert said[process][-1] == f"error: process {process}: {reason}; {launch.AGAIN}"
+
+
 def test_a_process_that_never_joins_is_named(tmp_path):
     with workers(3, tmp_path, "talk", missing=[1], seconds=25) as begun:
         said = outputs(begun)
@@ -75,6 +83,7 @@ def test_a_process_that_never_joins_is_named(tmp_path):
     ("said", "meaning"),
     [
         ("... stopped sending heartbeats):\n1\n3\nThe tasks", "processes 1, 3 died; the same"),
+        ("ABORTED: 12 unexpectedly tried to connect with a", "process 12 died; the same command"),
         ("Either the leader task was preempted/died", "process 0 died or cannot be reached"),
         ("RPC: /xla.coordination.CoordinationService/RegisterTask", "process 0 did not answer"),
         ("", "ended by SIGSEGV; the same command resumes"),

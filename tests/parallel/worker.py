@@ -129,9 +129,16 @@ def die(workdir):
     train(workdir, meanwhile=meanwhile)
 
 
+def vanish(workdir):
+    """One dies while the others wait for it, and for no device."""
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    exchange("")
+
+
 @exits_cleanly
 def main(port, processes, process, seconds, workdir, *scenarios):
-    launch.HEARTBEAT_SECONDS = 20
+    launch.HEARTBEAT_SECONDS = 1000  # longer than a test: deaths are announced
 
     def work():
         for scenario in scenarios:
