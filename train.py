@@ -10,6 +10,7 @@ Cloud TPU are recognised, --coordinator HOST:PORT --processes N --process I othe
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -21,15 +22,20 @@ import jax
 from jax.sharding import Mesh
 
 from dsv3 import counts
-from dsv3.bindings import apply, difference, operative, parse, read_bindings
+from dsv3.bindings import HEADER, apply, operative, read_bindings
+from dsv3.checkpoint.resume import start_or_resume
 from dsv3.checkpoint.store import Store
-from dsv3.checkpoint.trained import restore
 from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.data.loader import Loader
 from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.progress import progress_bars
-from dsv3.errors import CheckpointError, DataError, MisfitError, UserError, exits_cleanly
+from dsv3.errors import (
+    DataError,
+    TrainingError,
+    UserError,
+    exits_cleanly,
+)
 from dsv3.evaluation.closing import closing_report
 from dsv3.files import exclusive, write_atomically
 from dsv3.host import keep_freed_memory
@@ -50,6 +56,8 @@ from dsv3.training.loop import Run, StopRequest
 from dsv3.training.schedules import steps_to_end
 from dsv3.training.step import make_step
 
+WRITTEN = ("config.gin", "tokenizer.json", "metrics.jsonl", "loads.jsonl", "results.json")
+
 
 def train(
     config: Config, workdir: str | Path, steps: int | None = None, stop: StopRequest | None = None
@@ -60,6 +68,7 @@ def train(
         with together():
             if is_first():
                 workdir.mkdir(parents=True, exist_ok=True)
+                require_own(workdir)
                 stack.enter_context(exclusive(workdir))
         return _train(config, workdir, steps, stop)
 
@@ -97,7 +106,7 @@ def _train(
             shown.say(f"nothing left to train: step {int(state.step)}")
         with together():
             if is_first() and not ended:
-                if store.steps():
+                if store.steps() and not sequences_read:
                     require_same_tokenizer(config, prepared, workdir / "tokenizer.json")
                 write_inputs(config, prepared, workdir)
         with stop.listening():
@@ -109,39 +118,12 @@ def _train(
     return state
 
 
-def start_or_resume(
-    config: Config, mesh: Mesh, store: Store, loader: Loader, say: Callable[[str], None]
-) -> tuple[train_state.TrainState, int]:
-    """The newest sound checkpoint's state, the loader put where it was; else a fresh state."""
-    try:
-        restored = restore(config, store, mesh)
-    except MisfitError as error:
-        raise CheckpointError(misfit(config, store, error)) from error
-    if restored is None:
-        return train_state.create(config, mesh), 0
-    before = apply(Config(), parse(restored.extra["config"]))
-    for path, value in difference(config, before).items():
-        say(f"changed since step {restored.step}: {path} = {value!r}")
-    if restored.extra["loader"] is not None:  # None: imported, not trained on anything yet
-        loader.restore(restored.extra["loader"])
-    say(f"resuming after step {restored.step}")
-    return restored.state, restored.extra["sequences_read"]
-
-
-def misfit(config: Config, store: Store, error: MisfitError) -> str:
-    """The fields of the model, or else of all, that the checkpoint was saved with otherwise."""
-    try:
-        saved = apply(Config(), parse(error.extra["config"]))
-    except UserError:  # fields that this version does not know
-        return str(error)
-    here, there = difference(config, saved), difference(saved, config)
-    paths = sorted(here.keys() | there.keys())
-    fields = [path for path in paths if path.startswith("model.")] or paths
-    if not fields:
-        return str(error)
-    shown = [f"{p} is {there.get(p, 'absent')!r} in it and {here.get(p, 'absent')!r} here"
-             for p in fields[:4]]  # fmt: skip
-    return f"{store.directory} is of another configuration: {'; '.join(shown)}"
+def require_own(workdir: Path) -> None:
+    """Raise UserError where a new run would write over what is not of a run."""
+    config = workdir / "config.gin"
+    begun = config.is_file() and config.read_bytes().startswith(HEADER.encode())
+    if found := [] if begun else [n for n in WRITTEN if (workdir / n).exists()]:
+        raise UserError(f"{workdir} is no run's, but holds {found[0]}: choose another --workdir")
 
 
 def require_same_tokenizer(config: Config, prepared: Prepared, saved: Path) -> None:
@@ -167,11 +149,10 @@ def describe_run(
     """Say what will be trained, and on what."""
     total, active = counts.parameters(config.model).total, counts.activated(config.model).total
     dot = on_this_platform(config).model.dot
-    backend = f"(backend {dot.backend!r}) "
     say(f"data: {prepared.describe()}")
     say(
         f"model: {total:,} parameters, {active:,} activated a token; dot rule "
-        f"{config.model.dot.tag!r} {backend}in {config.training.compute_dtype} on "
+        f"{config.model.dot.tag!r} (backend {dot.backend!r}) in {config.training.compute_dtype} on "
         f"{meshes.describe(config, mesh)}"
     )
 
@@ -210,10 +191,15 @@ def sweep(
 ) -> str:  # fmt: skip
     """Train every run of a sweep in `folder/<run id>`, or run `index` alone; the results' table."""
     runs, stop = sweep.runs(base), StopRequest()
+    say = functools.partial(print, flush=True) if is_first() else lambda line: None
     for run in runs if index is None else [select(runs, index)]:
-        if is_first():
-            print(f"run {run.id}: {describe(run.bindings)}", flush=True)
-        train(run.config, Path(folder) / run.id, steps, stop)
+        say(f"run {run.id}: {describe(run.bindings)}")
+        try:
+            train(run.config, Path(folder) / run.id, steps, stop)
+        except TrainingError as error:  # a run that diverges is a result, and not of the others
+            if index is not None:
+                raise
+            say(f"run {run.id} ended: {error}")
         if stop.name:
             break
     if not is_first():

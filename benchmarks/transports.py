@@ -68,11 +68,12 @@ def chosen(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
     """The experts of every token in every MoE layer of the main model, int32 [L, X, K]."""
     turn = rotation(model.config.mla, jnp.arange(tokens_BT.shape[1]))
     everywhere = jnp.ones(tokens_BT.shape, bool)
-    x_BTD = model.embedding(tokens_BT, None)
+    x_BTD, chosen_LXK = model.embedding(tokens_BT, None), jnp.zeros((0, 0, 0), jnp.int32)
     for blocks in (model.dense, model.moe):
         if blocks is not None:
             x_BTD, routing = lax.scan(lambda x, b: b(x, turn, everywhere), x_BTD, blocks)
-    return routing.experts_XK
+            chosen_LXK = chosen_LXK if routing is None else routing.experts_XK
+    return chosen_LXK
 
 
 def leaving(moe: Moe, hop: Hop, experts: jax.Array) -> float:

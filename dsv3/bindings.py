@@ -125,7 +125,9 @@ def _value(text: str, path: str) -> Any:
         if _BARE_WORD.fullmatch(text):
             return text
         first, *more = text.split("\n")
-        raise ConfigError(f"{path} = {first}{' …' if more else ''} is no Python literal") from None
+        raise ConfigError(
+            f"{path} = {first}{' …' if more else ''} is no Python literal; a string wants quotes"
+        ) from None
 
 
 class _Infinity(ast.NodeTransformer):
@@ -237,13 +239,13 @@ def _either(names: Iterable[str]) -> str:
 
 # --- writing -----------------------------------------------------------------------------------
 
+HEADER = "# Every field as this run used it; replay with --bindings."
+
 
 def operative(config: Section) -> str:
     """The whole configuration as text: `apply(Config(), parse(operative(config))) == config`."""
     blocks = [_written(block) for block in blocks_of(config) if block]
-    return (
-        "\n\n".join(["# Every field as this run used it; replay with --bindings.", *blocks]) + "\n"
-    )
+    return "\n\n".join([HEADER, *blocks]) + "\n"
 
 
 def _written(block: Mapping[str, Any]) -> str:

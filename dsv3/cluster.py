@@ -98,7 +98,8 @@ class Parallel(Section):
         rest = self.pipe * self.node * self.local
         replica = self.replica or devices // rest
         shown = f"pipe · replica · node · local = {self.pipe} · {replica or '?'} · {self.node} · "
-        name = "replica" if self.replica is not None or replica == 0 else "local"
+        bound = [axis for axis in ("local", "node", "pipe") if getattr(self, axis) > 1]
+        name = bound[0] if bound and self.replica in (None, 1) else "replica"
         self.require(rest * replica == devices, name, f"does not fit: {shown}{self.local} is not "
                      f"the number of devices, {devices}")  # fmt: skip
         return Sizes(self.pipe, replica, self.node, self.local)

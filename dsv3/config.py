@@ -74,7 +74,8 @@ class AuxFree(Section):
 
 @dataclass(frozen=True)
 class AuxLoss(Section):
-    """A pure auxiliary loss (§4.5): Eq. 17-20 averaged over each sequence or over the batch."""
+    """A pure auxiliary loss (§4.5): Eq. 17-20 over each sequence, or over all of a forward pass,
+    which is the batch unless `training.micro_batch` cuts it."""
 
     path: ClassVar[str] = "model.moe.balance"
     tag: ClassVar[str] = "aux_loss"
@@ -210,6 +211,7 @@ class Model(Section):
     def validate(self):
         self.require_positive("vocab", "width", "layers", "dense_width", "norm_eps", "init_std")
         self.require(self.init_std <= 100, "init_std", "exceeds 100")
+        self.require_range("vocab", 1, 2**24)
         self.require_range("dense_layers", 0, self.layers)
         pairs = self.mla.heads * self.mla.value_dim % 2 == 0
         self.require(pairs or not isinstance(self.dot, Fp8Dot), "dot", "keeps the input of W^O in "
@@ -246,6 +248,8 @@ class Data(Section):
     max_bytes: int | None = None  # read at most this much text of the corpus; None is all
 
     def validate(self):
+        for name in ("corpus", "tokenizer", "cache"):
+            self.require(getattr(self, name) != "", name, "is empty")
         self.require_range("fim_rate", 0, 1)
         self.require_range("newline_split_rate", 0, 1)
         self.require(0 < self.held_out < 1, "held_out", "must lie strictly between 0 and 1")
@@ -302,7 +306,7 @@ class Training(Section):
     mtp_weight: Schedule = (Phase("constant", 1, 0.3),)
     optimizer: AdamW = AdamW()
     clip_norm: float = 1.0
-    ema_decay: float | None = 0.999  # None keeps no average
+    ema_decay: float | None = 0.999  # the average begins at the initialisation; None keeps none
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
     max_bad_steps: int = 10  # non-finite steps in a row that end the run
@@ -311,9 +315,9 @@ class Training(Section):
         self.require_positive("tokens", "sequence_length", "batch_increment", "learning_rate",
                               "clip_norm", "max_bad_steps", "micro_batch")  # fmt: skip
         self.require_range("sequence_length", 2, 2**24)
-        self.require_range("tokens", 1, 1e16)
+        self.require_range("tokens", 1, self.sequence_length * (2**32 - 1))  # a uint32 counts
         self.require_range("learning_rate", 0, 1e30)
-        self.require_not_negative("warmup_steps")
+        self.require_range("warmup_steps", 0, 2**31 - 1)
         self.require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay",
                      "must lie strictly between 0 and 1, or be None")  # fmt: skip
         self.require(0 <= self.seed < 2**31, "seed", "must fit 31 bits")
@@ -329,6 +333,9 @@ class Training(Section):
                      "wants each until greater than the one before")  # fmt: skip
         self.require(all(0 <= phase.value <= 2**24 for phase in schedule), name,
                      "wants values from 0 to 2^24")  # fmt: skip
+        factor = name in ("batch", "decay")  # these begin at 1
+        self.require(factor or schedule[0].shape == "constant", name,
+                     "wants a 'constant' phase first: there is nothing to come from")  # fmt: skip
 
     def _validate_batch(self) -> None:
         step = self.batch_increment

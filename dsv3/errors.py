@@ -13,6 +13,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 
+LISTED = 12  # names, at most, in a message
+
 
 class UserError(Exception):
     """Bad input. The message is a single line that names the thing and what to do."""
@@ -43,10 +45,15 @@ class TrainingError(UserError):
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """'; did you mean X?' for the closest valid name, else '; valid: A, B, C'."""
+    """'; did you mean X?' for the closest valid name, else '; valid: A, B, C', at most `LISTED`."""
     names = sorted(valid)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(names)}"
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return (
+        f"; did you mean {close[0]!r}?"
+        if close
+        else f"; valid: {', '.join([*names[:LISTED], *more])}"
+    )
 
 
 def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from dsv3.errors import UserError
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without them says
+
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
     """Make `path` hold exactly `content` (text as UTF-8), or leave it as it was.
@@ -60,13 +62,30 @@ def appearing(folder: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def exclusive(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold `folder` for this process; UserError while another holds it. A kill lets go of it."""
+    """Hold `folder` for this process; UserError while another holds it. A kill lets go of it.
+
+    Where a file system has no locks, everyone passes.
+    """
     with open(Path(folder) / ".lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked(lock.fileno(), fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another run is writing here; wait or stop it") from None
         yield
+
+
+def locked(descriptor: int, flags: int = 0) -> bool:
+    """Lock an open file or folder until it is closed; False where the file system has no locks.
+
+    With LOCK_NB, BlockingIOError where another has it; without, it waits.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def fsync_directory(path: str | os.PathLike) -> None:

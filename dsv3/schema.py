@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from dsv3.errors import ConfigError, nearest
 
+FP32_LIMIT = 3.4e38  # a number beyond it would become infinite where it is computed with
+
 
 class Section:
     """Base of the frozen configuration dataclasses; `path` is where it hangs in the tree."""
@@ -110,10 +112,11 @@ def conform(value: Any, annotation: Any, path: str) -> Any:
 def _conform_float(value: Any, path: str) -> Any:
     if type(value) is float and value != value:
         raise ConfigError(f"{path} wants a number, got nan")
-    try:
-        return float(value) if type(value) is int else value
-    except OverflowError:
-        raise ConfigError(f"{path} wants a float, got an integer beyond its range") from None
+    if type(value) not in (int, float):
+        return value
+    if FP32_LIMIT < abs(value) < float("inf"):
+        raise ConfigError(f"{path} wants a float, got a number beyond the range of FP32")
+    return float(value)
 
 
 def _conform_union(value: Any, annotation: Any, path: str) -> Any:

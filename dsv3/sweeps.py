@@ -159,12 +159,12 @@ def _executed(path: Path) -> Iterator[dict[str, Any]]:
     require_file(path, "configuration file")
     try:
         yield runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise ConfigError(f"{_place(path, error)}: {kind}{error}") from error
 
 
-def _place(path: Path, error: Exception) -> str:
+def _place(path: Path, error: BaseException) -> str:
     """file:line of the innermost line of `path` on the way to `error`, if there is one."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]

@@ -18,7 +18,7 @@ import train as train_module
 from dsv3.bindings import apply, operative, parse, read_bindings
 from dsv3.checkpoint.store import Store
 from dsv3.config import Config
-from dsv3.errors import CheckpointError, DataError, TrainingError
+from dsv3.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 from dsv3.reporting.metrics import read_metrics
 from dsv3.sweeps import param
 from dsv3.training import state as train_state
@@ -203,6 +203,28 @@ def test_a_sweep_runs_from_python_and_ends_in_a_table(config, tmp_path):
     assert runs[1].id in alone and not (tmp_path / "alone" / runs[0].id).exists()
 
 
+def test_a_run_that_diverges_does_not_end_its_sweep(config, tmp_path, capsys):
+    over = param("training.learning_rate", [1e30, 1e-3])
+    impatient = apply(config, {"training.max_bad_steps": 2})
+    diverged, sound = over.runs(impatient)
+    train_module.sweep(impatient, over, tmp_path, steps=5)
+    assert f"run {diverged.id} ended: 2 steps in a row" in capsys.readouterr().out
+    rows = {row["run"]: row for row in map(json.loads, (tmp_path / "results.jsonl").open())}
+    assert rows[sound.id]["step"] == 5 and rows[diverged.id]["skipped"] == 2
+    with pytest.raises(TrainingError):
+        train_module.sweep(impatient, over, tmp_path, index=0, steps=5)
+
+
+@pytest.mark.parametrize("name", ["config.gin", "tokenizer.json", "metrics.jsonl"])
+def test_what_is_no_run_is_not_written_over(name, config, tmp_path):
+    (tmp_path / name).write_text("somebody's")
+    with pytest.raises(UserError, match=f"is no run's, but holds {name}"):
+        train_module.train(config, tmp_path, steps=1)
+    assert [path.read_text() for path in tmp_path.iterdir() if path.name != ".lock"] == [
+        "somebody's"
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -238,6 +260,11 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(uninterrupted, config)
     fields = r"is of another configuration: model.moe.expert_width is 16 in it and 24 here$"
     with pytest.raises(CheckpointError, match=fields):
         train_module.train(other, uninterrupted, steps=10)
+    innocent = {"model.moe.gate_scale": 2.0, "training.optimizer.moment_dtype": "float32"}
+    with pytest.raises(CheckpointError, match=r"configuration: training.optimizer.moment_dtype is"):
+        train_module.train(apply(config, innocent), uninterrupted, steps=10)
+    with pytest.raises(ConfigError, match=r"training.seed = 5 is not what"):
+        train_module.train(apply(config, {"training.seed": 5}), uninterrupted, steps=10)
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == before
 
 

@@ -45,11 +45,12 @@ from dsv3.checkpoint.arrays import Arrays
 from dsv3.checkpoint.manifest import DamageError, Manifest, name_leaves
 from dsv3.checkpoint.pieces import Box, Pieces, content, cut
 from dsv3.errors import CheckpointError, MisfitError
-from dsv3.files import fsync_directory, fsync_tree
+from dsv3.files import fsync_directory, fsync_tree, locked
 from dsv3.parallel.processes import exchange, is_first, together
 
 _STEP = re.compile(r"step-(0|[1-9]\d*)")
-_OURS = re.compile(r"step-\d+|damaged-\d+-\d+|tmp-.+")
+_LEFT = re.compile(r"tmp-step-\d+-[0-9a-f]{8}|tmp-retired-\d+")
+_OURS = re.compile(rf"step-\d+|damaged-\d+-\d+|{_LEFT.pattern}")
 _HEADROOM = 1 << 20  # bytes for metadata, beyond the arrays
 _SMALL = 1 << 20  # bytes of a file that a reader hashes at once
 
@@ -106,8 +107,8 @@ class Store:
         if self.directory.exists():
             self._refuse_foreign()
             if is_first():
-                with _locked(self.directory, fcntl.LOCK_NB) as alone:
-                    if alone:
+                with _locked(self.directory, fcntl.LOCK_NB) as held:
+                    if held:
                         self._sweep()
 
     def steps(self) -> list[int]:
@@ -269,7 +270,7 @@ class Store:
     def _sweep(self) -> None:
         """Remove what killed and failed writers left; whoever holds the lock is the only one."""
         for name in self._names():
-            if name.startswith("tmp-"):
+            if _LEFT.fullmatch(name):
                 shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def _refuse_foreign(self) -> None:
@@ -289,8 +290,8 @@ class Store:
             with self._saving(step):
                 if is_first():
                     self.directory.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(_locked(self.directory))
-                    self._sweep()
+                    if stack.enter_context(_locked(self.directory)):
+                        self._sweep()
                     _require_space(self.directory, needed)
                     stack.callback(shutil.rmtree, path, ignore_errors=True)  # nothing, once renamed
                     (path / "arrays").mkdir(parents=True)
@@ -369,20 +370,17 @@ def _disk_failure(error: Exception) -> str:
 
 @contextmanager
 def _locked(directory: Path, flags: int = 0) -> Iterator[bool]:
-    """Hold the directory's lock while writing; yields False where LOCK_NB finds it taken.
+    """Hold the directory's lock while writing; yields whether it is held.
 
-    The system drops it when its holder dies. Where a file system has no locks, everyone passes.
+    It is not where LOCK_NB finds it taken, nor where a file system has no locks: everyone may write
+    there, and nobody sweeps. The system drops it when its holder dies.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield _lock(descriptor, flags)
+        try:
+            held = locked(descriptor, flags)
+        except BlockingIOError:
+            held = False
+        yield held
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, flags: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
-    except OSError as error:
-        return error.errno != errno.EWOULDBLOCK
-    return True

@@ -95,7 +95,7 @@ class Loader:
         """
         if state.get("dataset") != self._dataset:
             raise DataError(
-                "the checkpoint was trained on other data: corpus, tokenizer, data.seed and "
-                "training.sequence_length must be as they were"
+                "the checkpoint was trained on other data: the files of the corpus, all of data.* "
+                "and training.sequence_length must be as they were"
             )
         self._position = int(state["position"])

@@ -7,7 +7,6 @@ from doing the work twice. Opening it checks the SHA-256 of every file (about 1 
 reading checks every record again (`shards`).
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -26,7 +25,7 @@ from dsv3.data.index import read_index
 from dsv3.data.shards import ShardedWindows, SyntheticWindows, Windows
 from dsv3.data.tokenizer import Tokenizer, load, ready_made
 from dsv3.errors import DataError
-from dsv3.files import fsync_directory, fsync_tree
+from dsv3.files import fsync_directory, fsync_tree, locked
 from dsv3.parallel.processes import exchange, is_first, together
 
 FORMAT = 1  # raise it with any change of code that changes what is made
@@ -135,7 +134,7 @@ def _cache_name(config: Config, corpus: Corpus, definition: str | None) -> str:
 @contextmanager
 def _locked(path: Path) -> Generator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locked(file.fileno())
         yield
 
 

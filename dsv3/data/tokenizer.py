@@ -33,7 +33,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from dsv3.data.corpus import cut, well_formed
-from dsv3.errors import DataError
+from dsv3.errors import DataError, nearest
 from dsv3.files import write_atomically
 
 SPECIAL_TOKENS = {
@@ -208,8 +208,10 @@ def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode()
     except FileNotFoundError as error:
-        choices = "'bpe', 'bytes', 'deepseek' or the path of a tokenizer.json"
-        raise DataError(f"tokenizer {str(path)!r} does not exist; valid: {choices}") from error
+        hint = nearest(str(path), ("bpe", "bytes", "deepseek"))
+        raise DataError(
+            f"data.tokenizer = {str(path)!r} is no tokenizer.json, there is no such file{hint}"
+        ) from error
     except OSError as error:
         raise DataError(f"tokenizer {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

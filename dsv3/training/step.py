@@ -12,6 +12,7 @@ moved meanwhile, by the parameters that the step begins with, and by none that t
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,8 @@ def _jitted_step(config: Config, mesh: Mesh):
         )
         return state, _metrics(state, losses, stats, norm, rate)
 
-    placed, everywhere = placement(config, mesh), meshes.everywhere(mesh)
+    placed: Any = placement(config, mesh)
+    everywhere = meshes.everywhere(mesh)
     given, average = operands(placed, everywhere)
     after = replace(placed, behind=None if placed.ema is None else everywhere)
     return jax.jit(
@@ -189,9 +191,9 @@ def _moved_bias(config: Config, router_bias, stats: Stats, speed: Array):
     Leaves come in the order of the rows of counts: the stack of MoE layers [L, E], then one bias
     [E] for each MTP depth.
     """
-    if not isinstance(config.model.moe.balance, AuxFree):
-        return router_bias
     biases, structure = jax.tree.flatten(router_bias)
+    if not biases or not isinstance(config.model.moe.balance, AuxFree):
+        return router_bias
     ends = np.cumsum([len(jnp.atleast_2d(bias)) for bias in biases])[:-1]
     counts = jnp.split(stats.counts_LE, ends)
     moved = [

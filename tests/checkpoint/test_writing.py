@@ -45,7 +45,7 @@ class TestDisk:
 
     def test_what_a_failed_save_left_is_swept_by_the_next(self, harmed):
         store = Store(harmed, 3, pytest.fail)
-        (harmed / "tmp-step-3-late").mkdir()  # tensorstore may write on after orbax has raised
+        (harmed / "tmp-step-3-1a7e1a7e").mkdir()  # tensorstore may write on after orbax has raised
         store.save(4, small(4), {})
         assert sorted(os.listdir(harmed)) == ["step-1", "step-2", "step-4"]
 
@@ -146,6 +146,6 @@ class TestKill:
 
         monkeypatch.setattr(arrays_module, "write", write)
         Store(harmed, 3, pytest.fail).save(3, {}, {})
-        (harmed / "tmp-step-4-dead").mkdir()
+        (harmed / "tmp-step-4-deaddead").mkdir()
         assert Store(harmed, 3, pytest.fail).steps() == [1, 2, 3]
-        assert not (harmed / "tmp-step-4-dead").exists()
+        assert not (harmed / "tmp-step-4-deaddead").exists()
