@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import compiler  # what is lowered for other devices is compiled under no public name
+from jax._src.lib import xla_client
 from jax.experimental import topologies
-from jaxlib import xla_client
 
 from dsv3.bindings import Binding, apply, literal
 from dsv3.cli import Parser

@@ -6,8 +6,10 @@ A step that averaged the parameters it has just made would end by waiting for th
 average is one step behind: a step begins by sending the host the parameters that it is given, and
 the host averages them while the devices compute. Parameters travel one way, the average not at all.
 
-`TrainState.behind` says whether the last step has yet to be averaged. `settled` does that, and it
-is what reads or saves an average that calls it: on disk no average is behind.
+`TrainState.behind` says whether the last step has yet to be averaged. `settled` averages it, and
+whatever saves or reads an average calls that first: on disk none is behind.
+
+The host's work is launched before the loop over micro-batches and waited for behind it, see `step`.
 """
 
 import functools
@@ -41,11 +43,8 @@ def moved(ema, params, behind: Array, decay: float | None, before):
 
 def _sent(x: Array) -> Array:
     """In host memory. What lies there is not copied: XLA:GPU has no copy from there to there."""
-    return (
-        x
-        if jax.typeof(x).memory_space is jax.memory.Space.Host
-        else jax.device_put(x, jax.memory.Space.Host)
-    )
+    there = jax.memory.Space.Host
+    return x if jax.typeof(x).memory_space is there else jax.device_put(x, there)
 
 
 def settled(training: Training, state: TrainState) -> TrainState:

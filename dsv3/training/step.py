@@ -120,7 +120,8 @@ def _jitted_step(config: Config, mesh: Mesh):
     placed: Any = placement(config, mesh)
     everywhere = meshes.everywhere(mesh)
     given, average = operands(placed, everywhere)
-    after = replace(placed, behind=None if placed.ema is None else everywhere)
+    behind: Any = None if placed.ema is None else everywhere
+    after = replace(placed, behind=behind)
     return jax.jit(
         step, donate_argnums=0, in_shardings=(given, average, meshes.batch_sharding(mesh)),
         out_shardings=(after, everywhere), compiler_options=meshes.compiler_options(mesh),
