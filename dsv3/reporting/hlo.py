@@ -27,7 +27,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 COPIES = ("copy", "copy-start")
 HOST = "S(5)"  # in a type: what lies in the host's memory
 HOST_THREAD = 'async_execution_thread="host"'  # of what the host computes
-# Asynchronous halves whose type is (operand, result, ...); of the others it is the result.
+# Asynchronous halves whose type is (operand, result, ...); of the others it is the result, unless
+# XLA has wrapped an operation to make it asynchronous: ((operands), result, ...).
 WITH_OPERAND = ("all-gather-start", "collective-permute-start", "ragged-all-to-all-start")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
@@ -201,8 +202,10 @@ def _end_of_type(line: str, start: int) -> int:
 
 
 def _results(opcode: str, kind: str) -> tuple[Shape, ...]:
-    if opcode in WITH_OPERAND:
-        kind = _elements(kind)[1]
+    if opcode.endswith("-start"):
+        first, *rest = _elements(kind)
+        if opcode in WITH_OPERAND or first.startswith("("):
+            kind = rest[0]
     found = _SHAPE.findall(kind)
     return tuple(Shape(d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in found)
 

@@ -103,6 +103,14 @@ WRITTEN = [  # an instruction, and what it says on the mesh (1, 2, 2, 2)
      "f8e4m3fn[32,4]{1,0:S(7)}) ragged-all-to-all-start(%p), "
      "replica_groups={{0,4},{1,5},{2,6},{3,7}}",
      Collective("ragged-all-to-all", ("replica",), 2, (Shape("f8e4m3fn", (32, 4)),), 1, False)),
+    ("((f32[8]{0}, f32[4,2]{1,0}), (f32[4]{0}, f32[2,2]{1,0})) reduce-scatter-start(%p, %q), "
+     "replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}",
+     Collective("reduce-scatter", ("local",), 2,
+                (Shape("f32", (4,)), Shape("f32", (2, 2))), 1, False)),
+    ("((s32[2,8]{1,0}), s32[2,8]{1,0}) all-reduce-start(%p), replica_groups={{0,1},{2,3}}",
+     Collective("all-reduce", ("local",), 2, (Shape("s32", (2, 8)),), 1, False)),
+    ("(f32[2]{0}, f32[3]{0}) all-reduce-start(%p, %q), replica_groups={{0,1},{2,3}}",
+     Collective("all-reduce", ("local",), 2, (Shape("f32", (2,)), Shape("f32", (3,))), 1, False)),
     ("f32[4]{0} collective-permute(%p), source_target_pairs={{0,2},{2,0},{1,3},{3,1}}",
      Collective("collective-permute", ("node",), 2, (Shape("f32", (4,)),), 1, False)),
 ]  # fmt: skip
