@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import GROUP, Quantized, dequantize, spread_to
 from dsv3.numerics.kernels import fp8_gemm, quantize
-from dsv3.numerics.kernels.gemm import every_128, round_up
+from dsv3.numerics.kernels.gemm import every_128
+from dsv3.numerics.kernels.persistent import round_up
 from dsv3.numerics.kernels.quantize import Squares, Tiles
 from dsv3.numerics.products import Backend, Recipe
 

@@ -17,7 +17,6 @@ from jax import Array, lax
 from dsv3.numerics.kernels.gemm import (
     BLOCK,
     Gemm,
-    Stream,
     Tile,
     Tuning,
     every_128,
@@ -27,6 +26,7 @@ from dsv3.numerics.kernels.gemm import (
     run,
     tiles,
 )
+from dsv3.numerics.kernels.persistent import Stream
 
 STEP = 64  # of the contraction: 128 bytes, one swizzle
 TUNING = Tuning(columns=256, stages=4)
@@ -117,7 +117,7 @@ def _compute(tuning: Tuning, factors):
         rows, columns = part_of(tuning, warpgroup)
 
         def scope(accumulator):
-            def step(blocks, carry):
+            def step(_, blocks, carry):
                 plgpu.wgmma(accumulator, *factors(blocks, rows, columns))
                 plgpu.wgmma_wait(1)
                 return carry

@@ -27,7 +27,6 @@ from jax.typing import DTypeLike
 from dsv3.numerics.fp8 import GROUP
 from dsv3.numerics.kernels.gemm import (
     Gemm,
-    Stream,
     Tile,
     Tuning,
     first_blocks,
@@ -36,6 +35,7 @@ from dsv3.numerics.kernels.gemm import (
     run,
     tiles,
 )
+from dsv3.numerics.kernels.persistent import Stream
 from dsv3.numerics.kernels.quantize import COLUMN, ROW, TMA_SCALES
 
 WGRAD = Tuning()
@@ -81,7 +81,7 @@ def nt(
     def compute(loop, warpgroup):
         rows, columns = part_of(tuning, warpgroup)
 
-        def step(blocks, total):
+        def step(_, blocks, total):
             x, w, sx, sw = blocks
             part = _fresh_product(x.at[rows], w.at[columns], tuning.part)
             scale = plgpu.load(sx.at[0, rows], layout=ROW) * sw[0]
@@ -128,7 +128,7 @@ def wgrad(
     def compute(loop, warpgroup):
         rows, columns = part_of(tuning, warpgroup)
 
-        def step(blocks, total):
+        def step(_, blocks, total):
             a, b, sa, sb = blocks
             part = _fresh_product(a.at[rows], b.at[columns], tuning.part)
             scale_M = plgpu.load(sa.at[0, rows], layout=ROW)

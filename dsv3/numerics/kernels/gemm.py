@@ -1,25 +1,15 @@
 """The one matrix multiplication of Hopper's kernels: persistent, warp-specialised, bubble-free.
 
 Every product here is C[rows, columns] = sum over steps of A · B for many tiles, and differs in
-where the operands of a step lie and in what is done with their product. A `Gemm` says that much;
-this file is the machinery around it, in Pallas Mosaic GPU:
-
-    each SM      one CTA of three warpgroups walks over tiles sm, sm + SMS, sm + 2·SMS, ...
-    warpgroup 2  copies the streams of each step to shared memory by TMA, `stages` steps ahead,
-                 and goes on to the next tile without waiting for this one's end
-    0 and 1      multiply (wgmma), each half of the tile's rows, or of its columns where a tile
-                 has but 64 rows, and store their half by TMA while the next tile begins
-
-Two barriers a stage: `full` when its streams have arrived, `free` when both halves have read it.
-Everything starts free, so that the copying side always waits and no first round is special; at the
-end one completion of each stage is left over, and is awaited, lest a CTA of a cluster exits while
-its neighbour still signals to it.
+where the operands of a step lie and in what is done with their product. A `Gemm` says that much.
+The machinery around it is that of `persistent`: a place is a tile of C, of which each multiplying
+warpgroup has half the rows, or half the columns where a tile has but 64 rows. It stores its half by
+TMA while the next tile begins.
 
 Edges cost little: TMA reads zeros beyond an operand and does not write beyond the result. But what
 it tiles for wgmma must be whole tiles of 8 rows of 128 bytes: other arrays are padded (`aligned`).
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,14 +19,21 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
+from dsv3.numerics.kernels import persistent
+from dsv3.numerics.kernels.persistent import (
+    WARPGROUP_ROWS,
+    WARPGROUPS,
+    Loop,
+    Persistent,
+    Stream,
+    round_up,
+    swizzle,
+)
+
 BLOCK = 128  # rows of one expert
-WARPGROUPS = 2  # that multiply
-WARPGROUP_ROWS = 64  # of one wgmma
-COPY_REGISTERS = 40  # a thread of the copying warpgroup keeps; the others share what it gives up
-SHARED_MEMORY = 227 * 1024  # bytes of a CTA
 
 
 @dataclass(frozen=True)
@@ -95,19 +92,6 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stream:
-    """An operand's share of a step: `block` is its shape, `window(tile, step)` its place."""
-
-    block: tuple[int, ...]
-    window: Callable[[Tile, Any], tuple]
-    swizzled: bool = True  # as wgmma wants it; scales are plain
-    shared: bool = False  # one multicast serves both CTAs of a cluster
-
-
-Loop = Callable[[Callable[..., Any], Any], Any]  # loop(body(blocks, carry), carry), over the steps
-
-
-@dataclass(frozen=True)
 class Gemm:
     """What one product is; `locate` and `count` see the scalar operands' references.
 
@@ -127,7 +111,6 @@ class Gemm:
 def run(gemm: Gemm, tuning: Tuning, dtype: DTypeLike, operands: Sequence[Array],
         scalars: Sequence[Array] = ()) -> Array:  # fmt: skip
     """The result in `dtype` from an operand for each stream and int32 vectors for `locate`."""
-    require_shared_memory(gemm, tuning, dtype, [x.dtype for x in operands])
     operands = [
         aligned(x) if stream.swizzled else round_up(x, x.ndim - 1, 16 // x.dtype.itemsize)
         for stream, x in zip(gemm.streams, operands, strict=True)
@@ -135,125 +118,19 @@ def run(gemm: Gemm, tuning: Tuning, dtype: DTypeLike, operands: Sequence[Array],
     *groups, rows, columns = gemm.shape
     shape = (*groups, -(-rows // 8) * 8, -(-columns // row_of(dtype)) * row_of(dtype))
 
-    def kernel(*refs):
-        inputs, scalar_refs = refs[: len(operands)], refs[len(operands) : -1]
-        _kernel(gemm, tuning, inputs, scalar_refs, refs[-1])
+    def work(loop, tile, warpgroup, refs, scratch):
+        part = gemm.compute(loop, warpgroup)
+        _store(tuning, part, tile, warpgroup, scratch[0], refs[0])
 
-    result = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(_width(gemm, tuning),),
-        grid_names=("sm",),
-        cluster=(tuning.cluster,),
-        cluster_names=("cluster",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name=gemm.name,
-    )(*operands, *scalars)
+    kernel = Persistent(
+        gemm.name, gemm.streams, gemm.locate, work, gemm.count, tuning.stages, tuning.sms,
+        tuning.cluster, gemm.delay,
+    )  # fmt: skip
+    stores = tuning.store_shape(dtype)
+    scratch = [plgpu.SMEM(stores, dtype, transforms=swizzle(stores[-1], dtype))]
+    out = [jax.ShapeDtypeStruct(shape, dtype)]
+    [result] = persistent.run(kernel, out, operands, scalars=scalars, scratch=scratch)
     return result[..., :rows, :columns]
-
-
-def _width(gemm: Gemm, tuning: Tuning) -> int:
-    """CTAs, or clusters of two, that share the tiles."""
-    return max(1, min(tuning.sms // tuning.cluster, gemm.count))
-
-
-def _kernel(gemm: Gemm, tuning: Tuning, inputs, scalars, result) -> None:
-    stages, streams = tuning.stages, gemm.streams
-    stores = tuning.store_shape(result.dtype)
-    free_type = plgpu.Barrier
-    if tuning.multicast != "none":
-        free_type = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
-
-    @functools.partial(
-        pl.run_scoped,
-        buffers=[
-            plgpu.SMEM((stages, *stream.block), x.dtype, transforms=_transforms(stream, x.dtype))
-            for stream, x in zip(streams, inputs, strict=True)
-        ],
-        store=plgpu.SMEM(stores, result.dtype, transforms=swizzle(stores[-1], result.dtype)),
-        full=plgpu.Barrier(num_arrivals=len(streams), num_barriers=stages),
-        free=free_type(num_arrivals=WARPGROUPS, num_barriers=stages),
-        collective_axes="warpgroup",
-    )
-    def scope(buffers, store, full, free):
-        warpgroup, sm = lax.axis_index("warpgroup"), lax.axis_index("sm")
-        width = _width(gemm, tuning)
-        mine = lax.div(gemm.count - sm + (width - 1), jnp.int32(width))
-
-        def tile(i):
-            return gemm.locate(sm + i * width, lax.axis_index("cluster"), *scalars)
-
-        def copy():
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-
-            def one(i, done):
-                return _copy_tile(gemm, stages, tile(i), done, inputs, buffers, full, free)
-
-            lax.fori_loop(0, mine, one, jnp.int32(0))
-            for stage in range(stages):
-                plgpu.barrier_wait(free.at[stage])
-
-        def multiply():
-            spare = (512 - COPY_REGISTERS) // WARPGROUPS // 8 * 8  # 64 Ki registers, 128 threads
-            plgpu.set_max_registers(spare, action="increase")
-            for stage in range(stages):
-                plgpu.barrier_arrive(free.at[stage])
-
-            def one(i, done):
-                at = tile(i)
-                loop = functools.partial(_steps, gemm, stages, at, done, buffers, full, free)
-                _store(tuning, gemm.compute(loop, warpgroup), at, warpgroup, store, result)
-                return done + at.steps
-
-            lax.fori_loop(0, mine, one, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        lax.cond(warpgroup == WARPGROUPS, copy, multiply)
-
-
-def _copy_tile(gemm: Gemm, stages: int, tile: Tile, done, inputs, buffers, full, free):
-    """Copy the tile's steps, each into the stage that becomes free; steps copied so far."""
-
-    def step(k, done):
-        stage = lax.rem(done, jnp.int32(stages))
-        plgpu.barrier_wait(free.at[stage])
-        for stream, x, buffer in zip(gemm.streams, inputs, buffers, strict=True):
-            plgpu.copy_gmem_to_smem(
-                x.at[stream.window(tile, tile.first + k)], buffer.at[stage], full.at[stage],
-                collective_axes="cluster" if stream.shared else None,
-            )  # fmt: skip
-        return done + 1
-
-    return lax.fori_loop(0, tile.steps, step, done)
-
-
-def _steps(gemm: Gemm, stages: int, tile: Tile, done, buffers, full, free, body, carry):
-    """Fold `body` over the steps of a tile, as they arrive, freeing each `delay` steps later."""
-
-    def stage_of(k):
-        return lax.rem(done + k, jnp.int32(stages))
-
-    def release(k):
-        # What was read through the generic proxy (scales) is fenced before TMA overwrites it.
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(free.at[stage_of(k)])
-
-    def step(k, carry):
-        plgpu.barrier_wait(full.at[stage_of(k)])
-        carry = body([buffer.at[stage_of(k)] for buffer in buffers], carry)
-        if gemm.delay:
-            pl.when(k >= gemm.delay)(lambda: release(k - gemm.delay))
-        else:
-            release(k)
-        return carry
-
-    carry = lax.fori_loop(0, tile.steps, step, carry)
-    if gemm.delay:
-        plgpu.wgmma_wait(0)
-        lax.fori_loop(lax.max(tile.steps - gemm.delay, 0), tile.steps,
-                      lambda k, _: release(k), None)  # fmt: skip
-    return carry
 
 
 def _store(tuning: Tuning, part: Array, tile: Tile, warpgroup, store, result) -> None:
@@ -271,16 +148,6 @@ def _store(tuning: Tuning, part: Array, tile: Tile, warpgroup, store, result) ->
         plgpu.commit_smem()
         place = pl.ds(row, rows), pl.ds(column + cut, width)
         plgpu.copy_smem_to_gmem(store.at[warpgroup, slot], result.at[place])
-
-
-def swizzle(columns: int, dtype: DTypeLike) -> tuple:
-    size = jnp.dtype(dtype).itemsize
-    width = plgpu.find_swizzle(columns * size * 8)  # bytes
-    return plgpu.TilingTransform((8, width // size)), plgpu.SwizzleTransform(width)
-
-
-def _transforms(stream: Stream, dtype: DTypeLike) -> tuple:
-    return swizzle(stream.block[-1], dtype) if stream.swizzled else ()
 
 
 # --- what a caller shares ----------------------------------------------------------------------
@@ -312,14 +179,6 @@ def part_of(tuning: Tuning, warpgroup: Array) -> tuple[Any, Any]:
     return pl.ds(0, rows), pl.ds(warpgroup * columns, columns)
 
 
-def round_up(x: Array, axis: int, multiple: int) -> Array:
-    """x with zeros up to a multiple along `axis`; x itself where there is nothing to add."""
-    missing = -x.shape[axis] % multiple
-    if not missing:
-        return x
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-
-
 def row_of(dtype: DTypeLike) -> int:
     """Elements of a row of 128 bytes, the width of a swizzled tile."""
     return 128 // jnp.dtype(dtype).itemsize
@@ -341,25 +200,3 @@ def every_128(expert_Z: Array, rows: int) -> Array:
     if block % BLOCK:
         raise ValueError(f"blocks of {block} rows: kernels want a multiple of {BLOCK}")
     return jnp.repeat(expert_Z, block // BLOCK)
-
-
-# --- what must hold ----------------------------------------------------------------------------
-
-
-def require_shared_memory(gemm: Gemm, tuning: Tuning, dtype: DTypeLike, dtypes) -> None:
-    """ValueError where the stages and the slots do not fit."""
-
-    def size(shape, dtype):
-        count = jnp.dtype(dtype).itemsize
-        for n in shape:
-            count *= n
-        return count
-
-    stage = sum(size(s.block, d) for s, d in zip(gemm.streams, dtypes, strict=True))
-    need = tuning.stages * stage + size(tuning.store_shape(dtype), dtype)
-    if need > SHARED_MEMORY - 1024:  # barriers, and alignment of the buffers
-        raise ValueError(
-            f"{gemm.name}: tuning.stages = {tuning.stages} of {stage:,} bytes and "
-            f"{tuning.slots} slots need {need:,} bytes of shared memory, more than "
-            f"{SHARED_MEMORY - 1024:,}"
-        )

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from dsv3.numerics.fp8 import FORMATS, GROUP, FormatName, scales_of
-from dsv3.numerics.kernels.gemm import aligned, swizzle
+from dsv3.numerics.kernels.gemm import aligned
+from dsv3.numerics.kernels.persistent import swizzle
 
 TMA_SCALES = 4  # copies of a block's scale: TMA moves 16 bytes at least
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)

@@ -10,7 +10,7 @@ import pytest
 
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import BLOCK, COLUMN, TILE, dequantize
-from dsv3.numerics.kernels.gemm import round_up
+from dsv3.numerics.kernels.persistent import round_up
 from dsv3.numerics.kernels.quantize import squares, tiles
 
 ROWS, COLUMNS = 132, 136  # one tile and a bit, both ways
