@@ -155,6 +155,7 @@ def describe_run(
         f"{config.model.dot.tag!r} (backend {dot.backend!r}) in {config.training.compute_dtype} on "
         f"{meshes.describe(config, mesh)}"
     )
+    say(f"backends: {meshes.backends(config)}")
 
 
 def finish(

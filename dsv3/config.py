@@ -50,6 +50,7 @@ class Mla(Section):
     value_dim: int = 64
     rope_theta: float = 10_000.0
     rope_layout: Literal["interleaved", "half"] = "interleaved"
+    attention: Literal["auto", "xla", "cudnn", "mosaic"] = "auto"  # what multiplies; by platform
     yarn: Yarn | None = None
 
     def validate(self):
@@ -161,12 +162,10 @@ class HopperAccumulator(Section):
 
 @dataclass(frozen=True)
 class Fp8Dot(Section):
-    """Linear maps multiply in FP8 with fine-grained scaling (§3.3). The defaults are the report's;
-    the alternatives are its comparisons.
+    """Linear maps multiply in FP8 (§3.3). Defaults are the report's, alternatives its comparisons.
 
-    One scale for a tensor is one for the whole batch: a position then depends, faintly, on later
-    positions and on other sequences. That is what per-tensor scaling is, and fit for comparing
-    training losses only. Groups along tokens are as long as `moe.block` where that is below 128.
+    One scale for a tensor spans the batch: a position depends, faintly, on later ones and on other
+    sequences; fit for comparing training losses. Groups along tokens are at most `moe.block` long.
     """
 
     path: ClassVar[str] = "model.dot"

@@ -242,7 +242,8 @@ WRITTEN = {  # what every file says, beside ONLY
     "use_cache": True,
 }
 NOT_IN_THE_LAYOUT = (  # as they do not change what a model computes
-    "model.dot", "model.remat", "model.moe.balance", "model.moe.block",
+    "model.dot", "model.remat", "model.moe.balance", "model.moe.block", "model.mla.attention",
+    "model.mla.decoding",
 )  # fmt: skip
 
 

@@ -32,11 +32,10 @@ from jax import Array, lax
 from dsv3.config import Model
 from dsv3.model.layers import Linear, RMSNorm, save_as, together
 from dsv3.model.rope import ROTATE, softmax_scale
-from dsv3.numerics.rows import matrix_product
+from dsv3.numerics.attention import CORES
 from dsv3.numerics.rule import DotRule
 
 LATENT_EPS = 1e-6
-QUERY_BLOCKS, MIN_QUERY_BLOCK = 8, 128  # of causal_attention: at most so many, at least so long
 KEY_BLOCK = 256  # cached positions that absorbed_attention reads at a time
 
 
@@ -60,6 +59,7 @@ class Mla(nnx.Module):
         self.kv_b = Linear(keys[3], mla.kv_latent, kv_out, std, dot)
         self.o = Linear(keys[4], mla.heads * mla.value_dim, config.width, std, dot.after_attention)
         self.config = mla
+        self.core = CORES[mla.attention]
 
     def __call__(self, h_BTD: Array, rotation: tuple[Array, Array]) -> Array:
         return self.output(self.attend(*self.project(h_BTD, rotation)))
@@ -72,11 +72,11 @@ class Mla(nnx.Module):
     def attend(self, q_BTNW: Array, c_BTC: Array, k_rope_BTR: Array) -> Array:
         """o_BTNU by the expanded form, causal over the T positions (Eq. 10)."""
         k_BSNW, v_BSNU = self.expand(c_BTC, k_rope_BTR)
-        return causal_attention(q_BTNW, k_BSNW, v_BSNU, softmax_scale(self.config))
+        return self.core(q_BTNW, k_BSNW, v_BSNU, softmax_scale(self.config))
 
     def output(self, o_BTNU: Array) -> Array:
         """u_BTD (Eq. 11)."""
-        return self.o(save_as("attention", o_BTNU.reshape(*o_BTNU.shape[:2], -1)))
+        return self.o(o_BTNU.reshape(*o_BTNU.shape[:2], -1))
 
     def down_projections(self, h_BTD: Array) -> tuple[Array, Array]:
         """The query latent, or h itself without one, and [c^KV ; k^R], before norms and turns."""
@@ -120,27 +120,6 @@ class Mla(nnx.Module):
 
     def _up_projections(self) -> Array:
         return self.kv_b.w[...].reshape(self.config.kv_latent, self.config.heads, -1)
-
-
-def causal_attention(q_BTNW: Array, k_BSNW: Array, v_BSNU: Array, scale: float) -> Array:
-    """o_BTNU = softmax(q · k · scale) v over j <= t (Eq. 10), softmax in FP32; T = S.
-
-    A block of queries meets only the keys up to its own end: n blocks compute (n + 1) / 2n of the
-    square of scores, and hold one strip of it at a time.
-    """
-    q_BNTW, k_BNSW, v_BNSU = (x.swapaxes(1, 2) for x in (q_BTNW, k_BSNW, v_BSNU))
-    length = q_BNTW.shape[2]
-    block = max(MIN_QUERY_BLOCK, -(-length // QUERY_BLOCKS))
-    o_BNtU = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        visible_ts = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        keys_BNWs = k_BNSW[:, :, :end].swapaxes(2, 3)
-        s_BNts = matrix_product(q_BNTW[:, :, start:end], keys_BNWs)
-        s_BNts = jnp.where(visible_ts[None, None], s_BNts * scale, -jnp.inf)
-        p_BNts = jax.nn.softmax(s_BNts, axis=-1).astype(v_BNSU.dtype)
-        o_BNtU.append(matrix_product(p_BNts, v_BNSU[:, :, :end]).astype(v_BNSU.dtype))
-    return jnp.concatenate(o_BNtU, axis=2).swapaxes(1, 2)
 
 
 class Keys(Protocol):

@@ -34,6 +34,15 @@ def build(config: Bf16Dot | Fp8Dot) -> DotRule:
             return Fp8Rule(config)
 
 
+def obstacle(config: Bf16Dot | Fp8Dot, platform: str, block: int = 128) -> str | None:
+    """What keeps `kernels` from multiplying on a platform; None if nothing does."""
+    if isinstance(getattr(config, "accumulator", None), HopperAccumulator):
+        return "multiplies by no model.dot.accumulator but 'exact'"
+    if platform != "hopper":
+        return f"needs a GPU of compute capability 9.0, not {platform!r}"
+    return f"needs model.moe.block a multiple of 128, not {block}" if block % 128 else None
+
+
 def placed[D: Bf16Dot | Fp8Dot](config: D, platform: str, block: int = 128) -> D:
     """`config` with its backend chosen for a platform, where it leaves the choice.
 
@@ -42,17 +51,16 @@ def placed[D: Bf16Dot | Fp8Dot](config: D, platform: str, block: int = 128) -> D
     accumulator, 'dequant', which costs one BF16 product, anywhere else. Raises ConfigError where
     'mosaic' was asked for and cannot be.
     """
-    emulated = isinstance(getattr(config, "accumulator", None), HopperAccumulator)
-    fits = platform == "hopper" and block % 128 == 0 and not emulated
-    config.require(config.backend != "mosaic" or fits, "backend", "needs a GPU of compute "
-                   f"capability 9.0 and model.moe.block a multiple of 128, not {platform!r} and "
-                   f"{block}; 'auto' chooses what runs here")  # fmt: skip
+    reason = obstacle(config, platform, block)
+    config.require(config.backend != "mosaic" or reason is None, "backend",
+                   f"{reason}; 'auto' chooses what runs here")  # fmt: skip
     if config.backend != "auto":
         return config
-    if fits:
+    if reason is None:
         return replace(config, backend="mosaic")
     if isinstance(config, Bf16Dot):
         return replace(config, backend="xla")
+    emulated = isinstance(config.accumulator, HopperAccumulator)
     return replace(config, backend="reference" if platform == "cpu" or emulated else "dequant")
 
 

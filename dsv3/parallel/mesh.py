@@ -12,8 +12,10 @@ What is rarely read and large, the average of the parameters, lives in host memo
 """
 
 import functools
+import itertools
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from dsv3.cluster import Parallel, Sizes
 from dsv3.config import Bf16Dot, Config
 from dsv3.errors import ConfigError
-from dsv3.numerics.dot import placed
+from dsv3.numerics import attention, dot
 from dsv3.parallel.exchange import Hop
 from dsv3.parallel.processes import compiled_together
 from dsv3.parallel.shard import Place, Shard, path_of
@@ -198,12 +200,48 @@ def _gather(mesh: Mesh):
 
 
 def on_this_platform(config: Config) -> Config:
-    """`config` with the choices made that it leaves to the platform: the backend of its dot rule.
+    """`config` with the choices made that it leaves to the platform: what multiplies.
 
     Runs are written down with the choice left open, so that they go on elsewhere as well.
     """
-    dot = placed(config.model.dot, accelerator(), config.model.moe.block)
-    return replace(config, model=replace(config.model, dot=dot))
+    model = config.model
+    chosen = {
+        "dot": dot.placed(model.dot, accelerator(), model.moe.block),
+        "mla": attention.placed(model.mla, _machine(config)),
+    }
+    return replace(config, model=replace(model, **chosen))
+
+
+def backends(config: Config) -> str:
+    """What multiplies on this platform and, where that was left to it, why nothing better does."""
+    asked, model, machine = config.model, on_this_platform(config).model, _machine(config)
+    products = [("mosaic", dot.obstacle(asked.dot, machine.platform, model.moe.block))]
+    cores = [(name, attention.obstacle(name, asked.mla, machine)) for name in attention.PREFERRED]
+    return ", ".join((
+        _said("products", asked.dot.backend, model.dot.backend, products),
+        _said("attention", asked.mla.attention, model.mla.attention, cores),
+    ))  # fmt: skip
+
+
+def _said(what: str, asked: str, chosen: str, obstacles: Iterable[tuple[str, str | None]]) -> str:
+    why: dict[str | None, list[str]] = {}
+    for name, reason in itertools.takewhile(lambda item: item[0] != chosen, obstacles):
+        why.setdefault(reason, []).append(repr(name))
+    if asked != "auto" or not why:
+        return f"{what} by {chosen!r}"
+    reasons = "; ".join(f"{', '.join(names)} {reason}" for reason, names in why.items())
+    return f"{what} by {chosen!r} ({reasons})"
+
+
+def _machine(config: Config) -> attention.Machine:
+    return attention.Machine(accelerator(), config.training.compute_dtype, cudnn_version())
+
+
+def cudnn_version() -> int | None:
+    """As 91000 for 9.10.0, where there is one."""
+    from jax._src.lib import cuda_versions
+
+    return None if cuda_versions is None else cuda_versions.cudnn_get_version()
 
 
 def platform() -> str:

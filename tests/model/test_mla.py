@@ -10,8 +10,9 @@ import pytest
 
 from dsv3.config import Mla as MlaConfig
 from dsv3.config import Yarn
-from dsv3.model.mla import Mla, absorbed_attention, causal_attention
+from dsv3.model.mla import Mla, absorbed_attention
 from dsv3.model.rope import frequencies, rotation, softmax_scale
+from dsv3.numerics.attention import CORES, causal_attention
 from dsv3.numerics.dot import PlainDot
 
 B, T = 2, 7
@@ -150,6 +151,11 @@ def test_scores_and_softmax_are_fp32_under_bf16_compute():
     o_BTNU = causal_attention(q_BTNW, k_BSNW, v_BSNU, 1.0)
     assert o_BTNU.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float64(o_BTNU[0, 1, 0]), 1 / (1 + np.exp(0.25)), rtol=2**-7)
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_the_core_is_the_one_that_is_configured(small, fill, name):
+    assert build(fill, with_mla(small, attention=name)).core is CORES[name]
 
 
 def absorbed(mla, h_BTD):

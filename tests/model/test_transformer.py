@@ -200,7 +200,7 @@ def test_the_reports_policy(small, fill, routed):
     attention = {
         ("latent", f"{B},{T},{mla.query_latent}"): 1,
         ("latent", f"{B},{T},{mla.kv_latent + mla.rope_dim}"): 1,
-        ("attention", f"{B},{T},{mla.heads * mla.value_dim}"): 1,
+        ("attention", f"{B},{T},{mla.heads},{mla.value_dim}"): 1,
         ("residual", f"{B},{T},{small.width}"): 1,
     }
     blocks = B * T * moe.experts_per_token // moe.block + moe.routed_experts

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
+from dsv3.bindings import apply
 from dsv3.cluster import Sizes
 from dsv3.config import Config, Parallel
 from dsv3.parallel import mesh as meshes
@@ -119,3 +120,32 @@ def test_every_axis_cuts_a_parameter_evenly_or_holds_copies_of_it(shape, sizes, 
 def test_the_way_to_experts_is_that_of_the_transport(parallel, hops):
     config = dataclasses.replace(report(), parallel=parallel)
     assert meshes.hops_of(config, Sizes(1, 1, parallel.node, parallel.local)) == hops
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "cudnn", "changes", "says"),
+    [
+        (
+            "cpu", None, {},
+            "products by 'xla' ('mosaic' needs a GPU of compute capability 9.0, not 'cpu'), "
+            "attention by 'xla' ('cudnn', 'mosaic' needs a GPU of compute capability 9.0, not "
+            "'cpu')",
+        ),
+        ("hopper", 91_000, {}, "products by 'mosaic', attention by 'cudnn'"),
+        (
+            "hopper", 90_500, {"model.moe.block": 64},
+            "products by 'xla' ('mosaic' needs model.moe.block a multiple of 128, not 64), "
+            "attention by 'mosaic' ('cudnn' needs cuDNN 91000, not 90500)",
+        ),
+        (
+            "hopper", 91_000, {"model.mla.attention": "xla", "model.dot": "fp8"},
+            "products by 'mosaic', attention by 'xla'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_backend_passed_over_is_said_to_be_and_why(
+    monkeypatch, accelerator, cudnn, changes, says
+):
+    monkeypatch.setattr(meshes, "accelerator", lambda: accelerator)
+    monkeypatch.setattr(meshes, "cudnn_version", lambda: cudnn)
+    assert meshes.backends(apply(report(), changes)).startswith(says)

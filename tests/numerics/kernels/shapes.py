@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from dsv3.config import Fp8Dot
 from dsv3.numerics.dot import build
 from dsv3.numerics.kernels import bf16_gemm, fp8_gemm, quantize
+from dsv3.numerics.kernels.attention import attention
 from dsv3.numerics.kernels.gemm import Tuning
 
 E4M3, E5M2, BF16, F32 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float32
@@ -91,6 +92,17 @@ def bf16_wgrad(Z, E, I, O):
     return call, (((128 * Z, I), BF16), ((128 * Z, O), BF16), ((Z,), jnp.int32))
 
 
+def causal(B, T, N, W, U):
+    """Attention and its gradients."""
+
+    def call(q, k, v, do):
+        o, vjp = jax.vjp(lambda *qkv: attention(*qkv, 0.1), q, k, v)
+        return o, vjp(do)
+
+    wide, narrow = ((B, T, N, W), BF16), ((B, T, N, U), BF16)
+    return call, (wide, wide, narrow, narrow)
+
+
 def tiles(dtype, transposed):
     return lambda x: quantize.tiles(x, transposed), (((4096, 7168), dtype),)
 
@@ -125,6 +137,9 @@ CALLS = {
     "bf16 experts": bf16_experts(256, 32, 7168, 4096, False),
     "bf16 experts, dgrad": bf16_experts(256, 32, 7168, 4096, True),
     "bf16 experts, wgrad": bf16_wgrad(256, 32, 7168, 4096),
+    "attention": causal(1, 4096, 128, 192, 128),
+    "attention, odd": causal(2, 1003, 16, 192, 128),
+    "attention, narrow": causal(1, 256, 2, 64, 64),
     **{f"tiles {dtype.__name__} {transposed}": tiles(dtype, transposed)
        for dtype in (BF16, F32) for transposed in (False, True)},
     "tiles of a cache": cached(),

@@ -62,12 +62,14 @@ def test_nothing_spills_and_no_product_is_serialised(assembled):
 
 
 def test_products_run_on_the_tensor_cores(assembled):
-    wanted = {"fp8_nt": "f32.e4m3.e4m3", "fp8_wgrad": "f32.e4m3.e", "bf16": "f32.bf16.bf16"}
+    wanted = {"fp8_nt": "f32.e4m3.e4m3", "fp8_wgrad": "f32.e4m3.e"} | dict.fromkeys(
+        ("bf16", "attention"), "f32.bf16.bf16"
+    )
     for name, path in assembled.items():
         code = path.with_suffix(".ptx").read_text()
         kind = next((wanted[k] for k in wanted if name.startswith(k)), None)
         assert kind is None or f"k{32 if 'fp8' in name else 16}.{kind}" in code, name
-    assert any(name.startswith("fp8_nt") for name in assembled)
+    assert all(any(name.startswith(k) for name in assembled) for k in wanted)
 
 
 def test_shared_memory_suffices(assembled):
