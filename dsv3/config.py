@@ -51,6 +51,7 @@ class Mla(Section):
     rope_theta: float = 10_000.0
     rope_layout: Literal["interleaved", "half"] = "interleaved"
     attention: Literal["auto", "xla", "cudnn", "mosaic"] = "auto"  # what multiplies; by platform
+    decoding: Literal["auto", "xla", "mosaic"] = "auto"  # the same over the latent cache
     yarn: Yarn | None = None
 
     def validate(self):

@@ -22,9 +22,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dsv3.inference.absorbed import OVER
 from dsv3.inference.cache import LatentCache
 from dsv3.model.block import Block
-from dsv3.model.mla import Mla, absorbed_attention
+from dsv3.model.mla import Mla
 from dsv3.model.rope import rotation, softmax_scale
 from dsv3.model.transformer import Transformer
 
@@ -126,18 +127,14 @@ def _expanded(turn: tuple[Array, Array]) -> Attend:
 def _absorbed(model: Transformer, position_BT: Array, row_B: Array) -> Attend:
     turn = rotation(model.config.mla, position_BT[row_B])
     scale, sequences = softmax_scale(model.config.mla), position_BT.shape[0]
+    over = OVER[model.config.mla.decoding]
 
     def attend(mla: Mla, h_BTD: Array, cache: LatentCache, layer: Array | int):
         q_BTNW, c_BTC, k_rope_BTR = mla.project(h_BTD, turn)
         cache = cache.write(layer, row_B, position_BT[row_B], c_BTC, k_rope_BTR)
         q_BTNC, q_BTNR = mla.absorb(q_BTNW)
 
-        def keys(start: Array, size: int) -> tuple[Array, Array]:
-            return cache.read(layer, start, size)
-
-        z_BTNC = absorbed_attention(
-            q_BTNC[:sequences], q_BTNR[:sequences], keys, cache.length, position_BT, scale
-        )
+        z_BTNC = over(q_BTNC[:sequences], q_BTNR[:sequences], cache, layer, position_BT, scale)
         return mla.output(mla.values(z_BTNC[row_B])), cache
 
     return attend

@@ -22,7 +22,7 @@ tokamax, whose backward kernel for these widths spills until it is tuned on a GP
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +96,8 @@ def _behind_jax_nn() -> tuple[Any, Any]:
 
 # --- the choice --------------------------------------------------------------------------------
 
-Name = Literal["cudnn", "mosaic", "xla"]
-PREFERRED: tuple[Name, ...] = ("cudnn", "mosaic", "xla")
+PREFERRED = "cudnn", "mosaic", "xla"
+PREFERRED_DECODING = "mosaic", "xla"
 
 
 class Machine(NamedTuple):
@@ -113,10 +113,8 @@ def obstacle(name: str, mla: Mla, machine: Machine) -> str | None:
     """What keeps a core from running there; None if nothing does."""
     if name == "xla":
         return None
-    if machine.platform != "hopper":
-        return f"needs a GPU of compute capability 9.0, not {machine.platform!r}"
-    if machine.dtype != "bfloat16":
-        return f"needs training.compute_dtype = 'bfloat16', not {machine.dtype!r}"
+    if reason := _elsewhere(machine):
+        return reason
     widths = mla.nope_dim + mla.rope_dim, mla.value_dim
     unit, most = WIDTHS[name]
     if any(width % unit or width > limit for width, limit in zip(widths, most, strict=True)):
@@ -129,12 +127,40 @@ def obstacle(name: str, mla: Mla, machine: Machine) -> str | None:
     return None
 
 
+def decoding_obstacle(name: str, mla: Mla, machine: Machine) -> str | None:
+    """The same of what decodes over the latent cache (`inference.absorbed`)."""
+    if name == "xla":
+        return None
+    if reason := _elsewhere(machine):
+        return reason
+    latent, rope = mla.kv_latent, mla.rope_dim
+    if latent % 128 or rope % 64 or latent + rope > 576:
+        return (
+            "needs model.mla's kv_latent a multiple of 128 and rope_dim of 64, together at most "
+            f"576, not {latent} and {rope}"
+        )
+    return None
+
+
+def _elsewhere(machine: Machine) -> str | None:
+    if machine.platform != "hopper":
+        return f"needs a GPU of compute capability 9.0, not {machine.platform!r}"
+    if machine.dtype != "bfloat16":
+        return f"needs training.compute_dtype = 'bfloat16', not {machine.dtype!r}"
+    return None
+
+
 def placed(mla: Mla, machine: Machine) -> Mla:
-    """`mla` with its core attention chosen, where it leaves the choice: the first of `PREFERRED`
-    that runs there. Raises ConfigError where one was asked for that does not."""
-    if mla.attention != "auto":
-        reason = obstacle(mla.attention, mla, machine)
-        mla.require(reason is None, "attention", f"{reason}; 'auto' chooses what runs here")
-        return mla
-    chosen = next(name for name in PREFERRED if obstacle(name, mla, machine) is None)
-    return replace(mla, attention=chosen)
+    """`mla` with its core attention and what decodes chosen, where it leaves the choice: the first
+    of those preferred that run there. Raises ConfigError where one was asked for that does not."""
+    chosen: dict[str, Any] = {}
+    for name, value, better, obstacle_of in (
+        ("attention", mla.attention, PREFERRED, obstacle),
+        ("decoding", mla.decoding, PREFERRED_DECODING, decoding_obstacle),
+    ):
+        if value == "auto":
+            chosen[name] = next(x for x in better if obstacle_of(x, mla, machine) is None)
+        else:
+            reason = obstacle_of(value, mla, machine)
+            mla.require(reason is None, name, f"{reason}; 'auto' chooses what runs here")
+    return replace(mla, **chosen)

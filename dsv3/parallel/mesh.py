@@ -217,9 +217,14 @@ def backends(config: Config) -> str:
     asked, model, machine = config.model, on_this_platform(config).model, _machine(config)
     products = [("mosaic", dot.obstacle(asked.dot, machine.platform, model.moe.block))]
     cores = [(name, attention.obstacle(name, asked.mla, machine)) for name in attention.PREFERRED]
+    over = [
+        (name, attention.decoding_obstacle(name, asked.mla, machine))
+        for name in attention.PREFERRED_DECODING
+    ]
     return ", ".join((
         _said("products", asked.dot.backend, model.dot.backend, products),
         _said("attention", asked.mla.attention, model.mla.attention, cores),
+        _said("decoding", asked.mla.decoding, model.mla.decoding, over),
     ))  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dsv3.config import Mla
 from dsv3.errors import ConfigError
 from dsv3.numerics.attention import CORES, KEPT, Machine, causal_attention, obstacle, placed
 
-V3 = Mla(nope_dim=128, rope_dim=64, value_dim=128)
+V3 = Mla(kv_latent=512, nope_dim=128, rope_dim=64, value_dim=128)
 H200 = Machine("hopper", "bfloat16", 91_400)
 
 
@@ -50,6 +50,28 @@ def test_one_that_cannot_run_is_refused_by_name(attention, machine, says):
     mla = dataclasses.replace(V3, attention=attention)
     with pytest.raises(ConfigError, match=rf"model\.mla\.attention = '{attention}' {says}"):
         placed(mla, machine)
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "wanted"),
+    [
+        (H200, {}, "mosaic"),
+        (H200, {"kv_latent": 64}, "xla"),
+        (H200, {"kv_latent": 640}, "xla"),
+        (H200._replace(dtype="float32"), {}, "xla"),
+        (Machine("cpu", "bfloat16"), {}, "xla"),
+        (H200, {"decoding": "xla"}, "xla"),
+    ],
+)
+def test_what_decodes_is_chosen_likewise(machine, changes, wanted):
+    assert placed(dataclasses.replace(V3, **changes), machine).decoding == wanted
+
+
+def test_a_decoder_that_cannot_run_is_refused_by_name():
+    with pytest.raises(
+        ConfigError, match=r"model\.mla\.decoding = 'mosaic' needs .*, not 64 and 64"
+    ):
+        placed(dataclasses.replace(V3, kv_latent=64, decoding="mosaic"), H200)
 
 
 @pytest.mark.parametrize("name", CORES)

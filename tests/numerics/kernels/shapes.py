@@ -29,6 +29,7 @@ from dsv3.config import Fp8Dot
 from dsv3.numerics.dot import build
 from dsv3.numerics.kernels import bf16_gemm, fp8_gemm, quantize
 from dsv3.numerics.kernels.attention import attention
+from dsv3.numerics.kernels.decode import absorbed_attention
 from dsv3.numerics.kernels.gemm import Tuning
 
 E4M3, E5M2, BF16, F32 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float32
@@ -103,6 +104,13 @@ def causal(B, T, N, W, U):
     return call, (wide, wide, narrow, narrow)
 
 
+def decoding(B, T, N, S, L=4):
+    shapes = ((B, T, N, 512), BF16), ((B, T, N, 64), BF16)
+    cache = ((L, B, S, 512), BF16), ((L, B, S, 64), BF16)
+    where = ((), jnp.int32), ((B, T), jnp.int32)
+    return lambda *a: absorbed_attention(*a, 0.1), (*shapes, *cache, *where)
+
+
 def tiles(dtype, transposed):
     return lambda x: quantize.tiles(x, transposed), (((4096, 7168), dtype),)
 
@@ -140,6 +148,8 @@ CALLS = {
     "attention": causal(1, 4096, 128, 192, 128),
     "attention, odd": causal(2, 1003, 16, 192, 128),
     "attention, narrow": causal(1, 256, 2, 64, 64),
+    "decode": decoding(16, 1, 128, 8192),
+    "decode, two tokens, few heads": decoding(2, 2, 16, 4096),
     **{f"tiles {dtype.__name__} {transposed}": tiles(dtype, transposed)
        for dtype in (BF16, F32) for transposed in (False, True)},
     "tiles of a cache": cached(),

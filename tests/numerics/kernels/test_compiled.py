@@ -63,7 +63,7 @@ def test_nothing_spills_and_no_product_is_serialised(assembled):
 
 def test_products_run_on_the_tensor_cores(assembled):
     wanted = {"fp8_nt": "f32.e4m3.e4m3", "fp8_wgrad": "f32.e4m3.e"} | dict.fromkeys(
-        ("bf16", "attention"), "f32.bf16.bf16"
+        ("bf16", "attention", "mla_decode"), "f32.bf16.bf16"
     )
     for name, path in assembled.items():
         code = path.with_suffix(".ptx").read_text()
