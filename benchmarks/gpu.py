@@ -10,13 +10,16 @@ Correct, each a line with its figure and a verdict; a wrong one ends the run wit
                   product, which no Hopper tensor core reaches, the error is shown
     quantisers    values against `fp8.quantize`; ties may fall either way, one in a thousand
     experts       grouped products against one expert at a time
+    attention     with its gradients, and decoding over a cache: within BF16's roundings
 
-Timed, microseconds and TFLOP/s, operands rotated through `SETS` copies so that L2 does not keep
-them: products of the 671B model against XLA's BF16 and per-tensor FP8 (cuBLAS) and, where torch can
-be imported, `torch._scaled_mm` with 1x128 by 128x128 scales; tunings; experts; quantisers in GB/s;
-a linear map with its gradients, quantisation included, FP8 against BF16; and, where flax can be
-imported, the training step of configs/v3_1b.py. Whatever does not fit into `--seconds` is left out
-by name. On a CPU nothing is timed.
+Timed, microseconds and TFLOP/s, operands rotated through copies so that L2 does not keep them:
+attention and decoding (`gpu_attention`); experts' products, against XLA's batched BF16; products of
+the 671B model against XLA's BF16 and per-tensor FP8 (cuBLAS), tunings; quantisers in GB/s; a linear
+map with its gradients, quantisation included, FP8 against BF16; and, where flax can be imported,
+the training step of configs/v3_1b.py in BF16 and FP8, with its share of the BF16 peak. Where torch
+can be imported in the same environment: `torch._scaled_mm` with 1x128 by 128x128 scales,
+`torch._grouped_mm`, and the compiled step of transformers' model of the same shape. Whatever does
+not fit into `--seconds` is left out by name. On a CPU nothing is timed.
 """
 
 import contextlib
@@ -25,7 +28,6 @@ import importlib.util
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,18 +37,29 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
+from benchmarks import gpu_torch
+from benchmarks.gpu_attention import (
+    check_attention,
+    check_decoding,
+    time_attention,
+    time_decoding,
+)
+from benchmarks.gpu_report import SETS, Report, error, random
+from dsv3 import counts
+from dsv3.bindings import apply
 from dsv3.cli import Parser
-from dsv3.config import Bf16Dot, Fp8Dot
+from dsv3.config import Bf16Dot, Config, Fp8Dot
 from dsv3.errors import UserError, exits_cleanly
 from dsv3.numerics import fp8
 from dsv3.numerics.accumulate import hopper_product
 from dsv3.numerics.dot import build
 from dsv3.numerics.kernels import bf16_gemm, fp8_gemm, quantize
 from dsv3.numerics.kernels.gemm import Tuning
+from dsv3.sweeps import load_config
 
-SETS, REPEATS = 4, 7
 WIDTHS = ((2112, 7168), (24576, 1536), (4096, 7168), (7168, 2048), (7168, 16384))  # N, K
 ROWS = (64, 128, 4096, 8192)
+PEAK = 989e12  # BF16 operations a second of an H100 or H200 in SXM form, dense
 GROUPED = ((4, 8192), (8, 4096), (32, 1024))  # experts, rows of each
 TUNINGS = {
     "rows shared": Tuning(multicast="rows"),
@@ -55,56 +68,6 @@ TUNINGS = {
     "snake 16": Tuning(snake=16),
 }
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
-
-
-class Report:
-    """Lines as they come, and all of them at the end."""
-
-    def __init__(self, seconds: float):
-        self.until, self.rows, self.wrong = time.monotonic() + seconds, [], 0
-
-    def check(self, what: str, figure: float, fine: bool) -> None:
-        self.wrong += not fine
-        self.add(what, figure=figure, verdict="right" if fine else "WRONG")
-
-    def add(self, what: str, **figures: Any) -> None:
-        self.rows.append({"what": what, **figures})
-        shown = (
-            f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()
-        )
-        print(f"{what:52s} {'  '.join(shown)}", flush=True)
-
-    def timed(self, what: str, call: Callable, sets: list, unit: str, work: float) -> None:
-        """Seconds of one call, and `work` of it a second; a failure is a line, not the end."""
-        if time.monotonic() > self.until:
-            self.add(what, left_out="out of time")
-            return
-        try:
-            seconds = seconds_of(call, sets)
-            self.add(what, us=seconds * 1e6, **{unit: work / seconds})
-        except Exception as error:  # the next kernel may run all the same
-            self.add(what, failed=f"{type(error).__name__}: {str(error)[:160]}")
-
-
-def seconds_of(call: Callable, sets: list) -> float:
-    """Median seconds of one call; a program has one for each set, so that none waits for us."""
-    program = jax.jit(lambda sets: [call(*arguments) for arguments in sets])
-    jax.block_until_ready(program(sets))
-    samples = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready([program(sets) for _ in range(3)])
-        samples.append((time.perf_counter() - start) / 3 / len(sets))
-    return statistics.median(samples)
-
-
-def random(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def error(got: Array, wanted: Array) -> float:
-    got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
-    return float(jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted))
 
 
 # --- right -------------------------------------------------------------------------------------
@@ -189,8 +152,7 @@ def _read_square(w: quantize.Squares) -> Array:
 # --- timed -------------------------------------------------------------------------------------
 
 
-def time_products(report: Report) -> None:
-    torch = _torch()
+def time_products(report: Report, torch: bool) -> None:
     for N, K in WIDTHS:
         weights = [random(s, N, K) for s in range(SETS)]
         squares = [quantize.squares(w[None], False) for w in weights]
@@ -206,7 +168,7 @@ def time_products(report: Report) -> None:
             report.timed(f"{name} cuBLASLt FP8, one scale", _xla("ANY_F8_ANY_F8_F32"), plain,
                          "TFLOPs", work)  # fmt: skip
             if torch:
-                report.add(f"{name} torch._scaled_mm, blocks", **_scaled_mm(torch, M, N, K))
+                report.add(f"{name} torch._scaled_mm", **gpu_torch.scaled_product(M, N, K))
             if M == 4096:
                 for tuning_name, tuning in TUNINGS.items():
                     report.timed(f"{name} kernel, {tuning_name}", lambda *a, t=tuning: fp8_gemm.nt(
@@ -220,35 +182,7 @@ def _xla(algorithm: str | None) -> Callable:
     )
 
 
-def _torch() -> Any:
-    if importlib.util.find_spec("torch") is None:
-        print("torch is not installed: no torch._scaled_mm")
-        return None
-    import torch
-
-    return torch if torch.cuda.is_available() else None
-
-
-def _scaled_mm(torch: Any, M: int, N: int, K: int) -> dict:
-    try:
-        x, w = (torch.randn(n, K, device="cuda").to(torch.float8_e4m3fn) for n in (M, N))
-        sx = torch.ones(K // 128, M, device="cuda").t()
-        sw = torch.ones(-(-N // 128), K // 128, device="cuda").t()
-        seconds = []
-        for _ in range(REPEATS):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(20):
-                torch._scaled_mm(x, w.t(), scale_a=sx, scale_b=sw, out_dtype=torch.bfloat16)
-            torch.cuda.synchronize()
-            seconds.append((time.perf_counter() - start) / 20)
-        best = statistics.median(seconds)
-        return {"us": best * 1e6, "TFLOPs": 2e-12 * M * N * K / best}
-    except Exception as failure:
-        return {"failed": f"{type(failure).__name__}: {str(failure)[:160]}"}
-
-
-def time_experts(report: Report) -> None:
+def time_experts(report: Report, torch: bool) -> None:
     for E, each in GROUPED:
         P, (N, K) = E * each, (4096, 7168)
         expert_Z = jnp.repeat(jnp.arange(E, dtype=jnp.int32), each // 128)
@@ -260,6 +194,7 @@ def time_experts(report: Report) -> None:
             ("FP8", fp8_gemm.nt, forward),
             ("FP8 wgrad", functools.partial(fp8_gemm.wgrad, experts=E), backward),
             ("BF16", bf16_gemm.times_experts, [(x, w, expert_Z)]),
+            ("BF16 by XLA, batched", _batched, [(x.reshape(E, each, K), w)]),
             (
                 "BF16 wgrad",
                 functools.partial(bf16_gemm.expert_gradients, experts=E),
@@ -267,6 +202,12 @@ def time_experts(report: Report) -> None:
             ),
         ):
             report.timed(f"{name} {kind}", call, arguments, "TFLOPs", work)
+        if torch:
+            report.add(f"{name} torch._grouped_mm", **gpu_torch.grouped_product(E, each, N, K))
+
+
+def _batched(x: Array, w: Array) -> Array:
+    return jnp.einsum("erk,ekn->ern", x, w, preferred_element_type=jnp.bfloat16)
 
 
 def time_quantisers(report: Report) -> None:
@@ -297,39 +238,54 @@ def time_linear(report: Report) -> None:
                          "TFLOPs", 6e-12 * 8192 * I * O)  # fmt: skip
 
 
-def time_training(report: Report, sequences: int) -> None:
+def step_config(sequences: int, torch: bool) -> Config:
+    """configs/v3_1b.py with so many sequences a step; without MTP beside transformers, which has
+    none."""
+    bindings: dict[str, Any] = {
+        "training.micro_batch": None, "training.batch_increment": sequences,
+        "training.batch": (("constant", 1, sequences),),
+    }  # fmt: skip
+    return apply(
+        load_config("configs/v3_1b.py"), bindings | ({"model.mtp_depths": 0} if torch else {})
+    )
+
+
+def time_training(report: Report, config: Config) -> None:
     if importlib.util.find_spec("flax") is None:
         report.add("training step of configs/v3_1b.py", left_out="flax is not installed")
         return
     from benchmarks.step import measure
-    from dsv3.bindings import apply
     from dsv3.parallel.mesh import on_this_platform
-    from dsv3.sweeps import load_config
 
+    tokens = config.training.batch_increment * config.training.sequence_length
+    each = counts.training_flops(config.model, config.training.sequence_length)
+    seconds: dict[str, float | None] = {}
     for dot in ("bf16", "fp8"):
-        if time.monotonic() > report.until:
-            report.add(f"training step, {dot}", left_out="out of time")
+        what = f"training step of configs/v3_1b.py, {dot}"
+        if report.late:
+            report.add(what, left_out="out of time")
             continue
-        bindings = {"model.dot": dot, "training.micro_batch": None,
-                    "training.batch_increment": sequences,
-                    "training.batch": (("constant", 1, sequences),)}  # fmt: skip
-        config = on_this_platform(apply(load_config("configs/v3_1b.py"), bindings))
+        here = on_this_platform(apply(config, {"model.dot": dot}))
         try:
-            seconds, first = measure(config, 8, 2)
+            measured, first = measure(here, 8, 2)
         except Exception as failure:
-            report.add(f"training step, {dot}", failed=f"{type(failure).__name__}: {failure}"[:300])
+            report.add(what, failed=f"{type(failure).__name__}: {failure}"[:300])
             continue
-        middle = statistics.median(seconds)
-        report.add(f"training step of configs/v3_1b.py, {dot}", backend=config.model.dot.backend,
-                   s=middle, compiled_s=first, tokens_per_s=sequences * 4096 / middle)  # fmt: skip
+        seconds[dot] = middle = statistics.median(measured)
+        report.add(what, products=here.model.dot.backend, attention=here.model.mla.attention,
+                   s=middle, compiled_s=first, tokens_per_s=tokens / middle,
+                   of_bf16_peak=each * tokens / middle / PEAK)  # fmt: skip
+    report.best("training step", seconds)
 
 
-def time_all(report: Report, sequences: int) -> None:
-    time_experts(report)
+def time_all(report: Report, config: Config, torch: bool) -> None:
+    time_attention(report)
+    time_decoding(report)
+    time_experts(report, torch)
     time_linear(report)
     time_quantisers(report)
-    time_training(report, sequences)
-    time_products(report)
+    time_training(report, config)
+    time_products(report, torch)
 
 
 @exits_cleanly
@@ -342,17 +298,25 @@ def main() -> None:
         "--sequences", type=int, default=8, help="of 4096 tokens in a training step"
     )
     options = parser.parse_args()
-    device, tiny = jax.devices()[0], options.interpret
+    report, tiny = Report(options.seconds), options.interpret
+    torch = gpu_torch.available()
+    config = step_config(options.sequences, torch)
+    if torch and not tiny:
+        baseline = gpu_torch.training_step(config, options.sequences)
+        report.add("training step of transformers, compiled", **baseline)
+    device = jax.devices()[0]
     if not tiny and getattr(device, "compute_capability", None) != "9.0":
         raise UserError(f"{device.device_kind} is no Hopper GPU; --interpret is for this machine")
-    report = Report(options.seconds)
     report.add("device", kind=device.device_kind, jax=jax.__version__)
     with plgpu.force_gpu_interpret_mode() if tiny else contextlib.nullcontext():
         check_accumulator(report, 256 if tiny else 7168)
         check_quantisers(report, *((136, 144) if tiny else (4100, 7168)))
         check_experts(report, *((72, 40) if tiny else (2048, 576)))
+        cores = ("mosaic",) if tiny else ("mosaic", "cudnn")
+        check_attention(report, *((72, 64, 64) if tiny else (1003, 192, 128)), cores)
+        check_decoding(report, *((3, 72, 128) if tiny else (128, 1032, 512)))
     if not tiny and not report.wrong:
-        time_all(report, options.sequences)
+        time_all(report, config, torch)
     if options.out:
         Path(options.out).write_text(json.dumps(report.rows, indent=1) + "\n")
     sys.exit(1 if report.wrong else 0)

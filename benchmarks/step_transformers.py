@@ -11,6 +11,7 @@ matrix products in BF16, which is what `training.compute_dtype = 'bfloat16'` doe
 
     python benchmarks/step_transformers.py --precision float32 --steps 20
 
+`--shape` takes the fields of another model's config.json, `--device cuda --compile` a GPU. It
 prints one JSON line: the median seconds of a step, all the steps, and what ran.
 """
 
@@ -19,6 +20,7 @@ import contextlib
 import json
 import statistics
 import time
+from pathlib import Path
 
 BATCH, LENGTH = 8, 256
 SHAPE = {
@@ -51,17 +53,17 @@ SHAPE = {
 }
 
 
-def build(attention: str, experts: str | None, precision: str):
-    """The model of SHAPE and an AdamW with the report's hyper-parameters."""
+def build(shape: dict, attention: str, experts: str | None, precision: str, device: str):
+    """The model of a shape and an AdamW with the report's hyper-parameters."""
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(0)
-    config = DeepseekV3Config(**SHAPE)
+    config = DeepseekV3Config(**shape)
     config._attn_implementation = attention
     if experts is not None:
         config._experts_implementation = experts
-    model = DeepseekV3ForCausalLM(config).train()
+    model = DeepseekV3ForCausalLM(config).train().to(device)
     if precision == "bfloat16":
         model = model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(
@@ -70,21 +72,24 @@ def build(attention: str, experts: str | None, precision: str):
     return model, optimizer
 
 
-def measure(model, optimizer, precision: str, steps: int, warmup: int) -> list[float]:
+def measure(
+    model, optimizer, precision: str, batch: int, length: int, steps: int, warmup: int
+) -> list[float]:
     """Seconds of each of `steps` training steps after `warmup` untimed ones."""
     import torch
 
+    device, vocab = next(model.parameters()).device, model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     seconds = []
     for _ in range(warmup + steps):
-        tokens = torch.randint(SHAPE["vocab_size"], (BATCH, LENGTH + 1), generator=generator)
+        tokens = torch.randint(vocab, (batch, length + 1), generator=generator).to(device)
         start = time.perf_counter()
         with (
-            torch.autocast("cpu", torch.bfloat16)
+            torch.autocast(device.type, torch.bfloat16)
             if precision == "autocast"
             else contextlib.nullcontext()
         ):
-            # shift_labels: LENGTH targets a sequence, as in our step (labels alone would drop one)
+            # shift_labels: `length` targets a sequence, as in our step (labels alone drop one)
             inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
             loss = model(input_ids=inputs, labels=inputs, shift_labels=targets).loss
         loss.backward()
@@ -103,6 +108,11 @@ def main() -> None:
     )
     parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager")
     parser.add_argument("--experts", help="eager, grouped_mm, batched_mm; transformers' own choice")
+    parser.add_argument("--shape", metavar="FILE", help="JSON; that of configs/bench_cpu.py")
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
@@ -112,8 +122,13 @@ def main() -> None:
     import transformers
 
     torch.set_num_threads(args.threads)
-    model, optimizer = build(args.attention, args.experts, args.precision)
-    seconds = measure(model, optimizer, args.precision, args.steps, args.warmup)
+    shape = json.loads(Path(args.shape).read_text()) if args.shape else SHAPE
+    model, optimizer = build(shape, args.attention, args.experts, args.precision, args.device)
+    if args.compile:
+        model.compile()
+    seconds = measure(
+        model, optimizer, args.precision, args.batch, args.length, args.steps, args.warmup
+    )
     report = {
         "what": f"transformers {transformers.__version__}, torch {torch.__version__}",
         "precision": args.precision,
