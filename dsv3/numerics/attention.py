@@ -11,12 +11,12 @@ the model is built (`placed`), like the dot rule:
     mosaic   `kernels.attention`, the same algorithm in Pallas; the same GPUs
 
 Neither takes anything but BF16; in another dtype both leave it to the oracle. cuDNN comes first: it
-has run on GPUs at these widths, in jax's own tests, and the other has not yet. jax's public
-function refuses values that are not as wide as keys, so the one behind it is called; its backward
-pass runs the forward one again where 'mosaic' kept o and L, but sums with atomics where 'mosaic'
-multiplies twice more: as many products. The bits of its gradients are the same every time under
---xla_gpu_deterministic_ops=true, which XLA's own scatters want as well. Considered and left:
-tokamax, whose backward kernel for these widths spills until it is tuned on a GPU, and jax's
+is made for these widths, forward and backward, and runs on GPUs elsewhere; the other has not yet.
+jax's public function refuses values that are not as wide as keys, so the one behind it is called.
+Its backward pass runs the forward one again where 'mosaic' kept o and L, but sums with atomics
+where 'mosaic' multiplies twice more: as many products. The bits of its gradients are the same every
+time under --xla_gpu_deterministic_ops=true, which XLA's own scatters want as well. Considered and
+left: tokamax, whose backward kernel for these widths spills until it is tuned on a GPU, and jax's
 `pallas.ops.gpu.attention_mgpu`, which wants equal widths and has no causal backward pass.
 """
 

@@ -91,7 +91,7 @@ def _attention_forward(scale, name, tuning, q_BTNW, k_BTNW, v_BTNU):
 
 def _attention_backward(scale, name, tuning, residuals, do_BTNU):
     q_BTNW, k_BTNW, v_BTNU, o_BTNU, l_BNT = residuals
-    d_BNT = jnp.einsum("btnu,btnu->bnt", o_BTNU, do_BTNU, preferred_element_type=F32)
+    d_BNT = jnp.sum(o_BTNU.astype(F32) * do_BTNU.astype(F32), axis=-1).swapaxes(1, 2)
     rows = q_BTNW, k_BTNW, v_BTNU, do_BTNU, l_BNT, d_BNT
     dq_BTNW = gradient_of_queries(*rows, scale, tuning.queries)
     return dq_BTNW, *gradients_of_keys(*rows, scale, tuning.keys)
