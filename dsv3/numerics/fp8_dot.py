@@ -201,10 +201,9 @@ def _linear_backward(rule, residuals, dys):
     x = backend.operand(rule.cached(kept), rule.column, 0)
     dx_XI, dws = 0.0, []
     for w_IO, dy_XO in zip(ws, dys, strict=True):
-        dy = backend.operand(dy_XO, rule.gradient, 1)
-        dx_XI += backend.multiply(dy, backend.weights(w_IO, rule.weight, 1))  # Dgrad
-        dy = backend.operand(dy_XO, rule.gradient_column, 0)
-        dws.append(backend.multiply(x, dy).astype(w_IO.dtype))  # Wgrad
+        rows, columns = backend.both_ways(dy_XO, rule.gradient, rule.gradient_column)
+        dx_XI += backend.multiply(rows, backend.weights(w_IO, rule.weight, 1))  # Dgrad
+        dws.append(backend.multiply(x, columns).astype(w_IO.dtype))  # Wgrad
     return jnp.asarray(dx_XI).astype(dys[0].dtype), tuple(dws)
 
 
@@ -234,10 +233,9 @@ def _grouped_backward(rule, residuals, dy_PO):
     x = backend.rows(rule.cached(kept), rule.column, 0, expert_Z)
     dx_PI, dws = jnp.zeros((dy_PO.shape[0], ws[0].shape[1]), jnp.float32), []
     for w_EIO, dy in zip(ws, jnp.split(dy_PO, ends_of(ws), axis=-1), strict=True):
-        rows = backend.rows(dy, rule.gradient, 1, expert_Z)
+        rows, columns = backend.rows_both_ways(dy, rule.gradient, rule.gradient_column, expert_Z)
         weights = backend.weights(w_EIO, rule.weight, 1)
         dx_PI += backend.times_experts(rows, weights, expert_Z, jnp.float32)
-        columns = backend.rows(dy, rule.gradient_column, 0, expert_Z)
         dw_EIO = backend.expert_gradients(x, columns, expert_Z, w_EIO.shape[0])
         dws.append(dw_EIO.astype(w_EIO.dtype))
     return dx_PI.astype(dy_PO.dtype), tuple(dws), None

@@ -5,6 +5,7 @@ multiplies two of them, of M and N rows after that, to [M, N]. What it is asked 
 
     operand, rows, weights      an array quantised by a `Recipe`, in that form: a matrix; experts'
                                 rows, in blocks; a stack of weights, or one
+    both_ways, rows_both_ways   the first two for a gradient, which both axes are contracted of
     multiply                    rows times a weight, or Wgrad's two
     times_experts               each block of rows times its expert's weight
     expert_gradients            Wgrad for each expert
@@ -76,6 +77,16 @@ class Backend(ABC):
         else:
             q_Z = in_blocks(_read(x), recipe, expert_Z)
         return jax.vmap(lambda q: self.prepare(q, axis))(q_Z)
+
+    def both_ways(self, x: Array, rows: Recipe, columns: Recipe) -> tuple[Any, Any]:
+        """`operand` over axis 1 and over axis 0."""
+        return self.operand(x, rows, 1), self.operand(x, columns, 0)
+
+    def rows_both_ways(
+        self, x: Array, rows: Recipe, columns: Recipe, expert_Z: Array
+    ) -> tuple[Any, Any]:
+        """`rows` over axis 1 and over axis 0."""
+        return self.rows(x, rows, 1, expert_Z), self.rows(x, columns, 0, expert_Z)
 
     def weights(self, w: Array, recipe: Recipe, axis: int) -> Any:
         """A weight [., .], or a stack of them."""

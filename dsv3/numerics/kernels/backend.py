@@ -53,6 +53,16 @@ class Mosaic(Backend):
     def rows(self, x: Array | Quantized, recipe: Recipe, axis: int, expert_Z: Array) -> Tiles:
         return self.operand(x, recipe, axis)
 
+    def both_ways(self, x: Array, rows: Recipe, columns: Recipe) -> tuple[Tiles, Tiles]:
+        if (rows.group, columns.group) == (fp8.TILE, fp8.COLUMN) and rows[1:] == columns[1:]:
+            return quantize.both_ways(x, *rows[1:])
+        return super().both_ways(x, rows, columns)
+
+    def rows_both_ways(
+        self, x: Array, rows: Recipe, columns: Recipe, expert_Z: Array
+    ) -> tuple[Tiles, Tiles]:
+        return self.both_ways(x, rows, columns)
+
     def prepare(self, q: Quantized, axis: int) -> Tiles:
         values_MK = q.values if axis == 1 else q.values.T
         scales_kM = q.scales.T if axis == 1 else q.scales

@@ -11,8 +11,9 @@ The result always has the contraction last, as wgmma wants it, and scales have i
     COLUMN   x [K, M] contracted over K    values [M, K]    scales [k, M]       operands of Wgrad
     BLOCK    x [N, K] or, transposed, [K, N]    [N, K]             [k, n, 4]    weights
 
-so that COLUMN is TILE of the transpose, and turning a tile happens on its way to registers. FP8
-input (a cached activation) comes with its own scales, and is multiplied out in FP32 first.
+so that COLUMN is TILE of the transpose, and turning a tile happens on its way to registers. A
+gradient is wanted both ways, by Dgrad and by Wgrad, and is read once for the two. FP8 input (a
+cached activation) comes with its own scales, and is multiplied out in FP32 first.
 """
 
 from typing import NamedTuple
@@ -53,32 +54,47 @@ def tiles(
 
     x is BF16 or FP32; or FP8 with the FP32 `scales` of its tiles, [last dimension / 128, first].
     """
-    [values_MK], [scales_kM] = _quantized(x[None], scales, transposed, False, form, power_of_two)
-    return Tiles(values_MK, scales_kM)
+    [(values, scales)] = _quantized(x[None], scales, (transposed,), False, form, power_of_two)
+    return Tiles(values[0], scales[0])
+
+
+def both_ways(
+    x: Array, form: FormatName = "e4m3", power_of_two: bool = False
+) -> tuple[Tiles, Tiles]:  # fmt: skip
+    """`tiles` of a matrix in BF16 or FP32, straight and transposed."""
+    straight, turned = _quantized(x[None], None, (False, True), False, form, power_of_two)
+    return Tiles(*(leaf[0] for leaf in straight)), Tiles(*(leaf[0] for leaf in turned))
 
 
 def squares(
     w_E: Array, transposed: bool, form: FormatName = "e4m3", power_of_two: bool = False
 ) -> Squares:
     """w [E, N, K], or [E, K, N] if `transposed`, BF16 or FP32, in blocks of 128 x 128."""
-    return Squares(*_quantized(w_E, None, transposed, True, form, power_of_two))
+    [found] = _quantized(w_E, None, (transposed,), True, form, power_of_two)
+    return Squares(*found)
 
 
-def _quantized(x, scales, transposed: bool, square: bool, form: FormatName, powers: bool):
-    _require(x, scales, transposed)
-    E, M, K = x.shape[0], *(x.shape[:0:-1] if transposed else x.shape[1:])
+def _quantized(
+    x, scales, ways: tuple[bool, ...], square: bool, form: FormatName, powers: bool
+) -> list[tuple[Array, Array]]:
+    """Values and scales for each of `ways`: straight (False) or transposed."""
+    _require(x, scales)
+    E, rows, columns = x.shape
     x = aligned(x)
-    k, m = -(-K // GROUP), -(-M // GROUP)
-    shape = (E, k, m, TMA_SCALES) if square else (E, k, -(-M // 4) * 4)
-    out = (
-        jax.ShapeDtypeStruct((E, -(-M // 8) * 8, k * GROUP), FORMATS[form]),
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-    )
-    tile, inputs = (GROUP, GROUP), (x,) if scales is None else (x, scales)
+    sizes = [(columns, rows) if transposed else (rows, columns) for transposed in ways]  # M, K
+    out, tile = [], (GROUP, GROUP)
+    for M, K in sizes:
+        k, m = -(-K // GROUP), -(-M // GROUP)
+        shape = (E, k, m, TMA_SCALES) if square else (E, k, -(-M // 4) * 4)
+        out.append(jax.ShapeDtypeStruct((E, -(-M // 8) * 8, k * GROUP), FORMATS[form]))
+        out.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+    inputs = (x,) if scales is None else (x, scales)
     scratch = {
         "x": plgpu.SMEM(tile, x.dtype, transforms=swizzle(GROUP, x.dtype)),
-        "out": plgpu.SMEM(tile, FORMATS[form], transforms=swizzle(GROUP, FORMATS[form])),
-        "out_scales": plgpu.SMEM((GROUP,), jnp.float32),
+        "out": plgpu.SMEM(
+            (len(ways), *tile), FORMATS[form], transforms=swizzle(GROUP, FORMATS[form])
+        ),
+        "out_scales": plgpu.SMEM((len(ways), GROUP), jnp.float32),
         "arrived": plgpu.Barrier(num_arrivals=len(inputs)),
     }
     if scales is not None:
@@ -87,33 +103,37 @@ def _quantized(x, scales, transposed: bool, square: bool, form: FormatName, powe
     limit = float(jnp.finfo(FORMATS[form]).max)
 
     def kernel(*refs, **scratch):
-        values, groups = refs[-2:]
+        results = refs[len(inputs) :]
         e, across, down = (lax.axis_index(name) for name in ("matrix", "across", "down"))
         here = (pl.ds(down * GROUP, GROUP), pl.ds(across * GROUP, GROUP))
-        there = here[::-1] if transposed else here
-        _fetch(refs[:-2], e, there, scratch)
-        y = _loaded(scratch, transposed)
-        largest = jnp.max(jnp.abs(y), axis=1)
-        if square:
-            largest = plgpu.layout_cast(jnp.full((GROUP,), jnp.max(largest)), ROW)
-        scale = scales_of(largest, limit, powers)
-        scaled = y / lax.broadcast_in_dim(scale, y.shape, [0])
-        scratch["out"][...] = jnp.clip(scaled, -limit, limit).astype(FORMATS[form])
-        scratch["out_scales"][...] = scale
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scratch["out"], values.at[e].at[here])
-        if square:
-            copies = scratch["out_scales"].at[pl.ds(0, TMA_SCALES)]
-            plgpu.copy_smem_to_gmem(copies, groups.at[e, across, down])
-        else:
-            plgpu.copy_smem_to_gmem(scratch["out_scales"], groups.at[e, across, here[0]])
+        _fetch(refs[: len(inputs)], e, here, scratch)
+        for i, transposed in enumerate(ways):
+            values, groups = results[2 * i : 2 * i + 2]
+            k, m = (down, across) if transposed else (across, down)
+            y = _loaded(scratch, transposed)
+            largest = jnp.max(jnp.abs(y), axis=1)
+            if square:
+                largest = plgpu.layout_cast(jnp.full((GROUP,), jnp.max(largest)), ROW)
+            scale = scales_of(largest, limit, powers)
+            scaled = y / lax.broadcast_in_dim(scale, y.shape, [0])
+            scratch["out"][i] = jnp.clip(scaled, -limit, limit).astype(FORMATS[form])
+            scratch["out_scales"][i] = scale
+            plgpu.commit_smem()
+            there = here[::-1] if transposed else here
+            plgpu.copy_smem_to_gmem(scratch["out"].at[i], values.at[e].at[there])
+            if square:
+                copies = scratch["out_scales"].at[i, pl.ds(0, TMA_SCALES)]
+                plgpu.copy_smem_to_gmem(copies, groups.at[e, k, m])
+            else:
+                plgpu.copy_smem_to_gmem(scratch["out_scales"].at[i], groups.at[e, k, there[0]])
         plgpu.wait_smem_to_gmem(0)
 
-    values, groups = plgpu.kernel(
-        kernel, out_type=out, grid=(E, k, m), grid_names=("matrix", "across", "down"),
-        scratch_types=scratch, kernel_name="fp8_quantize",
+    found = plgpu.kernel(
+        kernel, out_type=out, grid=(E, -(-columns // GROUP), -(-rows // GROUP)),
+        grid_names=("matrix", "across", "down"), scratch_types=scratch,
+        kernel_name="fp8_quantize" + "_both" * (len(ways) == 2),
     )(*inputs)  # fmt: skip
-    return values[:, :M], groups
+    return [(found[2 * i][:, :M], found[2 * i + 1]) for i, (M, _) in enumerate(sizes)]
 
 
 def _fetch(inputs, e, window, scratch) -> None:
@@ -149,7 +169,7 @@ def _loaded(scratch, transposed: bool) -> Array:
     return y
 
 
-def _require(x: Array, scales: Array | None, transposed: bool) -> None:
+def _require(x: Array, scales: Array | None) -> None:
     if x.dtype in FORMATS.values():
         rows, columns = x.shape[1:]
         if scales is None:

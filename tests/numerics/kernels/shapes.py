@@ -152,6 +152,7 @@ CALLS = {
     "decode, two tokens, few heads": decoding(2, 2, 16, 4096),
     **{f"tiles {dtype.__name__} {transposed}": tiles(dtype, transposed)
        for dtype in (BF16, F32) for transposed in (False, True)},
+    "tiles both ways": (quantize.both_ways, (((4096, 7168), BF16),)),
     "tiles of a cache": cached(),
     **{f"squares {dtype.__name__} {transposed}": squares(dtype, transposed)
        for dtype in (BF16, F32) for transposed in (False, True)},

@@ -4,6 +4,7 @@ Scales are powers of two where bits are compared: divided by any other, XLA may 
 reciprocal, which rounds a tie to the other side.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import BLOCK, COLUMN, TILE, dequantize
 from dsv3.numerics.kernels.persistent import round_up
-from dsv3.numerics.kernels.quantize import squares, tiles
+from dsv3.numerics.kernels.quantize import both_ways, squares, tiles
 
 ROWS, COLUMNS = 132, 136  # one tile and a bit, both ways
 
@@ -39,6 +40,15 @@ def test_tiles_and_squares_are_the_quantisers_bit_for_bit(interpret, dtype, tran
     np.testing.assert_array_equal(mine.scales_kM[:, :M], scales.T)
     np.testing.assert_array_equal(square.values_ENK[0, :, :K], block_values)
     np.testing.assert_array_equal(square.scales_Ekn4[0, ..., 3], block_scales.T)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_both_ways_at_once_are_each_way_bit_for_bit(interpret, dtype):
+    x = x_of(dtype)
+    with interpret():
+        at_once = both_ways(x, "e5m2", True)
+        mine = tiles(x, False, "e5m2", True), tiles(x, True, "e5m2", True)
+    jax.tree.map(np.testing.assert_array_equal, at_once, mine)
 
 
 def test_a_cached_activation_is_grouped_anew(interpret):
