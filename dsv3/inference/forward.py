@@ -8,7 +8,10 @@
 
 All are pure functions of (model, cache, tokens) with the sequences as leading axis; positions lie
 within the cache. The layers are scanned with the whole cache in the carry, which is then updated
-where it is.
+where it is. On a mesh each is what one device does with its sequences, as `model.shard` says.
+
+What came of it besides is which experts the tokens chose. Tokens that are not `live`, padding and
+rows that ended, go to none: they cost nothing behind the router and load no device.
 
 **One row counts like many.** Matrix products of one row take another path on CPUs than those of
 several, and round differently; a token decoded alone and the same token verified beside a draft
@@ -18,6 +21,7 @@ do not attend: their share is copied as well.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -26,47 +30,62 @@ from dsv3.inference.absorbed import OVER
 from dsv3.inference.cache import LatentCache
 from dsv3.model.block import Block
 from dsv3.model.mla import Mla
+from dsv3.model.moe import MoeFfn
 from dsv3.model.rope import rotation, softmax_scale
 from dsv3.model.transformer import Transformer
 
 MIN_ROWS = 4
-Attend = Callable[[Mla, Array, LatentCache, Array | int], tuple[Array, LatentCache]]
+Carry = tuple[Array, LatentCache]
+Attend = Callable[[Mla, Array, LatentCache, Array | int], Carry]
+
+
+class Passed(NamedTuple):
+    """What a pass leaves: states behind the final norm, or before a module's own; the cache; and
+    for each MoE layer that was passed the experts chosen, int32."""
+
+    h_BTD: Array
+    cache: LatentCache
+    experts_LBTK: Array
 
 
 def begin(
-    model: Transformer, cache: LatentCache, tokens_BP: Array, drafts: int
-) -> tuple[Array, LatentCache]:
-    """h_BPD behind the final norm, and the cache with the main model's and the first `drafts` MTP
-    modules' positions 0 to P - 1 (module k's last k of them are void)."""
+    model: Transformer, cache: LatentCache, tokens_BP: Array, live_BP: Array, drafts: int
+) -> Passed:
+    """Positions 0 to P - 1 of the main model and of the first `drafts` MTP modules, whose experts
+    come behind; module k's last k positions are void."""
     attend = _expanded(rotation(model.config.mla, jnp.arange(tokens_BP.shape[1])))
-    h_BPD, cache = _main(model, model.embedding(tokens_BP, cache.dtype), cache, attend)
-    through_BPD = h_BPD
+    x_BPD = model.embedding(tokens_BP, cache.dtype)
+    h_BPD, cache, experts_LBPK = _main(model, x_BPD, cache, live_BP, attend)
+    through_BPD, experts = h_BPD, [experts_LBPK]
     for depth in range(1, drafts + 1):
         ahead_BP = jnp.pad(tokens_BP[:, depth:], ((0, 0), (0, depth)))
-        through_BPD, cache = _module(model, depth, through_BPD, ahead_BP, cache, attend)
-    return h_BPD, cache
+        through_BPD, cache, experts_1BPK = _module(
+            model, depth, through_BPD, ahead_BP, cache, live_BP, attend
+        )
+        experts.append(experts_1BPK)
+    return Passed(h_BPD, cache, jnp.concatenate(experts))
 
 
 def extend(
-    model: Transformer, cache: LatentCache, tokens_BT: Array, position_BT: Array
-) -> tuple[Array, LatentCache]:
-    """h_BTD behind the final norm for tokens at `position_BT`, and the cache with them."""
+    model: Transformer, cache: LatentCache, tokens_BT: Array, position_BT: Array, live_BT: Array
+) -> Passed:
+    """T tokens at `position_BT`, through the main model."""
     sequences, row_B = _filled(tokens_BT.shape)
     attend = _absorbed(model, position_BT, row_B)
     x_BTD = model.embedding(tokens_BT[row_B], cache.dtype)
-    h_BTD, cache = _main(model, x_BTD, cache, attend)
-    return h_BTD[:sequences], cache
+    return _unfilled(sequences, _main(model, x_BTD, cache, live_BT[row_B], attend))
 
 
 def propose(
     model: Transformer, depth: int, cache: LatentCache, h_BWD: Array, ahead_BW: Array,
-    position_BW: Array,
-) -> tuple[Array, LatentCache]:  # fmt: skip
-    """h^depth_BWD before its norm, from h^(depth-1) and the tokens `depth` ahead."""
+    position_BW: Array, live_BW: Array,
+) -> Passed:  # fmt: skip
+    """h^depth_BWD from h^(depth-1) and the tokens `depth` ahead."""
     sequences, row_B = _filled(ahead_BW.shape)
     attend = _absorbed(model, position_BW, row_B)
-    h_BWD, cache = _module(model, depth, h_BWD[row_B], ahead_BW[row_B], cache, attend)
-    return h_BWD[:sequences], cache
+    return _unfilled(sequences, _module(
+        model, depth, h_BWD[row_B], ahead_BW[row_B], cache, live_BW[row_B], attend
+    ))  # fmt: skip
 
 
 def logits(model: Transformer, h_BTD: Array, vocab: int) -> Array:
@@ -82,37 +101,57 @@ def _filled(shape: tuple[int, ...]) -> tuple[int, Array]:
     return sequences, jnp.arange(rows) % sequences
 
 
-def _main(
-    model: Transformer, x_BTD: Array, cache: LatentCache, attend: Attend
-) -> tuple[Array, LatentCache]:
-    def body(carry: tuple[Array, LatentCache], layer: tuple[Block, Array]):
-        return _block(*layer, *carry, attend=attend), None
+def _unfilled(sequences: int, passed: Passed) -> Passed:
+    return Passed(passed.h_BTD[:sequences], passed.cache, passed.experts_LBTK[:, :sequences])
 
+
+def _main(
+    model: Transformer, x_BTD: Array, cache: LatentCache, live_BT: Array, attend: Attend
+) -> Passed:
     dense, layers = model.config.dense_layers, model.config.layers
-    for blocks, numbers in (
-        (model.dense, jnp.arange(dense)),
-        (model.moe, jnp.arange(dense, layers)),
+    experts_LBTK = jnp.zeros((0, *live_BT.shape, model.config.moe.experts_per_token), jnp.int32)
+    for stack, blocks, numbers in (
+        ("dense.", model.dense, jnp.arange(dense)),
+        ("moe.", model.moe, jnp.arange(dense, layers)),
     ):
-        if blocks is not None:
-            (x_BTD, cache), _ = lax.scan(body, (x_BTD, cache), (blocks, numbers))
-    return model.norm(x_BTD), cache
+        if blocks is None:
+            continue
+
+        def body(carry: Carry, layer: tuple[Block, Array], stack: str = stack):
+            block, number = layer
+            return _block(model.shard.layer(stack, block), number, carry, live_BT, attend)
+
+        (x_BTD, cache), found = lax.scan(body, (x_BTD, cache), (blocks, numbers))
+        experts_LBTK = experts_LBTK if found is None else found
+    return Passed(model.norm(x_BTD), cache, experts_LBTK)
 
 
 def _module(
     model: Transformer, depth: int, h_BTD: Array, ahead_BT: Array, cache: LatentCache,
-    attend: Attend,
-) -> tuple[Array, LatentCache]:  # fmt: skip
-    module = model.mtp[depth - 1]
+    live_BT: Array, attend: Attend,
+) -> Passed:  # fmt: skip
+    module, layer = model.mtp[depth - 1], model.config.layers + depth - 1
     x_BTD = module.join(h_BTD, model.embedding(ahead_BT, h_BTD.dtype))
-    return _block(module.block, model.config.layers + depth - 1, x_BTD, cache, attend=attend)
+    (x_BTD, cache), experts_BTK = _block(module.block, layer, (x_BTD, cache), live_BT, attend)
+    assert experts_BTK is not None  # a module has experts
+    return Passed(x_BTD, cache, experts_BTK[None])
 
 
 def _block(
-    block: Block, layer: Array | int, x_BTD: Array, cache: LatentCache, *, attend: Attend
-) -> tuple[Array, LatentCache]:
+    block: Block, layer: Array | int, carry: Carry, live_BT: Array, attend: Attend
+) -> tuple[Carry, Array | None]:
+    """`Block` over a cache, and the experts that it chose."""
+    x_BTD, cache = carry
     u_BTD, cache = attend(block.attention, block.attention_norm(x_BTD), cache, layer)
-    x_BTD, _ = block.feed_forward(x_BTD + u_BTD, jnp.ones(x_BTD.shape[:2], bool))
-    return x_BTD, cache
+    x_BTD = x_BTD + u_BTD
+    u_BTD = block.ffn_norm(x_BTD)
+    if not isinstance(block.ffn, MoeFfn):
+        return (x_BTD + block.ffn(u_BTD), cache), None
+    experts_XK, gates_XK, *_ = block.ffn.router(u_BTD, live_BT)
+    nowhere = block.ffn.router.config.routed_experts
+    sent_XK = jnp.where(live_BT.reshape(-1, 1), experts_XK, nowhere)
+    x_BTD = x_BTD + block.ffn.through(u_BTD, sent_XK, gates_XK)
+    return (x_BTD, cache), experts_XK.reshape(*live_BT.shape, -1)
 
 
 def _expanded(turn: tuple[Array, Array]) -> Attend:

@@ -11,12 +11,17 @@ Fill-in-the-middle prompts have the layout of §4.1 (prefix, suffix, middle), af
 
 A completion ends at a stop token, or where its text holds a stop string. Strings are looked for
 between portions of PORTION steps, in text: they may begin and end within tokens.
+
+A model that lies on a mesh (`training.state.on_mesh`) completes on all its devices, by the same
+calls and to the same tokens. Its batch is filled up to a multiple of their number with rows that
+have ended before they begin.
 """
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,6 +50,19 @@ class Completion(NamedTuple):
     stopped: bool  # by a stop token or `ends`; else it ran to max_tokens or the end of the context
     steps: int = 0  # passes of the main model, each of one token or of one and the drafts
     kept: int = 0  # drafts that it kept in them
+
+
+class Completions(list[Completion]):
+    """One for each prompt, in their order, and what reading and writing them asked of experts.
+
+    `counts_LE` int64 counts tokens of each expert, in rows as of `Stats`: of prompts and
+    completions, less the last token of each, that was chosen but not read; of drafts only those
+    that were kept. Rows of MTP modules that did not draft are zero.
+    """
+
+    def __init__(self, completions: Iterable[Completion], counts_LE: np.ndarray):
+        super().__init__(completions)
+        self.counts_LE = counts_LE
 
 
 Ends = Callable[[list[int]], int | None]  # of a completion's tokens: how many it has, if it ends
@@ -91,7 +109,7 @@ def generate(
     ends: Ends | None = None,
     cache: FormName = "compute",
     drafts: int = 0,
-) -> list[Completion]:
+) -> Completions:
     """Complete every prompt by at most `max_tokens`, until a `stop` id or `context` tokens in all.
 
     Only ids below `vocab` are chosen: rows of the embedding beyond the tokenizer's are padding.
@@ -113,25 +131,28 @@ def generate(
         raise ConfigError(f"cache = {cache!r} is no form{nearest(str(cache), FORMS)}")
     if not 0 <= drafts <= len(model.mtp):
         raise ConfigError(f"drafts = {drafts}, but the model has {len(model.mtp)} MTP modules")
-    buffer_BS = np.zeros((len(prompts), _size(limit_B.max())), np.int32)
-    for row, prompt in zip(buffer_BS, prompts, strict=True):
+    plan = Plan(sampler, vocab, jnp.dtype(dtype or model.embedding.table.dtype), drafts, cache)
+    buffer_BS = np.zeros((model.shard.even(len(prompts)), _size(limit_B.max())), np.int32)
+    for row, prompt in zip(buffer_BS, prompts, strict=False):
         row[: len(prompt)] = prompt
-    own = jnp.dtype(dtype or model.embedding.table.dtype)
-    plan = Plan(sampler, vocab, own, drafts, cache)
-    prompt = _size(length_B.max() - 1)
-    state = decode.begin(plan, model, buffer_BS, length_B, seed, prompt)
+    length_B, limit_B = (
+        np.pad(x_B, (0, len(buffer_BS) - len(prompts)), constant_values=1)
+        for x_B in (length_B, limit_B)
+    )
+    state = decode.begin(plan, model, buffer_BS, length_B, seed, _size(length_B.max() - 1))
     arguments = limit_B, np.array(stop, np.int32), seed
     if ends is None:
         state = decode.advance(plan, model, state, *arguments, min(max_tokens, context))
-        return _completions(state, length_B, [None] * len(prompts))
+        return _completions(state, prompts, [None] * len(prompts))
     found: list[int | None] = [None] * len(prompts)
     while not _all_ended(state, limit_B):
         state = decode.advance(plan, model, state, *arguments, PORTION)
-        so_far = _completions(state, length_B, found)
+        so_far = _completions(state, prompts, found)
         found = [ends(c.tokens) if n is None else n for c, n in zip(so_far, found, strict=True)]
-        ended_B = np.array([n is not None for n in found])
-        state = state._replace(stopped_B=state.stopped_B | ended_B)
-    return _completions(state, length_B, found)
+        stopped_B = np.array(state.stopped_B)
+        stopped_B[: len(prompts)] |= [n is not None for n in found]
+        state = state._replace(stopped_B=jax.device_put(stopped_B, state.stopped_B.sharding))
+    return _completions(state, prompts, found)
 
 
 def _room(
@@ -155,20 +176,20 @@ def _all_ended(state: State, limit_B: np.ndarray) -> bool:
 
 
 def _completions(
-    state: State, prompt_B: np.ndarray, found: Sequence[int | None]
-) -> list[Completion]:
+    state: State, prompts: Sequence[Sequence[int]], found: Sequence[int | None]
+) -> Completions:
     """What the rows hold behind their prompts; of a row that `found` ended, so many tokens."""
     tokens_BS, length_B, stopped_B, steps_B, kept_B, finite_B = map(np.asarray, state[:6])
     if not finite_B.all():
         raise CheckpointError("the model's logits are not finite: its weights are damaged")
     completions = []
-    for row, count in enumerate(found):
+    for row, (prompt, count) in enumerate(zip(prompts, found, strict=True)):
         if count is None:
-            count = length_B[row] - prompt_B[row] - stopped_B[row]
-        tokens = tokens_BS[row, prompt_B[row] :][:count].tolist()
+            count = length_B[row] - len(prompt) - stopped_B[row]
+        tokens = tokens_BS[row, len(prompt) :][:count].tolist()
         numbers = int(steps_B[row]), int(kept_B[row])
         completions.append(Completion(tokens, bool(stopped_B[row]), *numbers))
-    return completions
+    return Completions(completions, np.asarray(state.counts_1LE).sum(0, np.int64))
 
 
 def _size(tokens: int) -> int:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dsv3.inference.decode import TOKEN, keys
+from dsv3.inference.decode import TOKEN, keys, row_keys
 from dsv3.inference.sampling import Sampler
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.shard import ALONE
 
 
 @functools.partial(jax.jit, static_argnames=("vocab", "dtype"))
@@ -38,10 +39,11 @@ def generate_by_rerunning(
     for row, prompt in zip(tokens_BS, prompts, strict=True):
         row[: len(prompt)] = prompt
     each_B = np.arange(len(prompts))
+    key_B = row_keys(seed, ALONE, len(prompts))
     draw = jax.jit(sampler)
     for _ in range(tokens):
         logits_BV = last_logits(model, tokens_BS, length_B, vocab, dtype)
-        keys_B = keys(jnp.int32(seed), jnp.asarray(length_B)[:, None], TOKEN)[:, 0]
+        keys_B = keys(key_B, jnp.asarray(length_B)[:, None], TOKEN)[:, 0]
         tokens_BS[each_B, length_B] = draw(keys_B, logits_BV)
         length_B = length_B + 1
     return [

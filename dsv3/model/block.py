@@ -32,12 +32,7 @@ class Block(nnx.Module):
         self, x_BTD: Array, rotation: tuple[Array, Array], valid_BT: Array
     ) -> tuple[Array, Routing | None]:
         """The block's output and, where it has experts, their routing."""
-        return self.feed_forward(
-            x_BTD + self.attention(self.attention_norm(x_BTD), rotation), valid_BT
-        )
-
-    def feed_forward(self, x_BTD: Array, valid_BT: Array) -> tuple[Array, Routing | None]:
-        """The block from behind its attention."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation)
         u_BTD = self.ffn_norm(save_as("residual", x_BTD))
         if isinstance(self.ffn, MoeFfn):
             y_BTD, routing = self.ffn(u_BTD, valid_BT)

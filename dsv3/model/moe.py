@@ -93,9 +93,13 @@ class MoeFfn(nnx.Module):
 
     def __call__(self, u_BTD: Array, valid_BT: Array) -> tuple[Array, Routing]:
         routing = self.router(u_BTD, valid_BT)
+        return self.through(u_BTD, routing.experts_XK, routing.gates_XK), routing
+
+    def through(self, u_BTD: Array, experts_XK: Array, gates_XK: Array) -> Array:
+        """The sum for tokens that were routed; numbers from E on are no expert."""
         u_XD = u_BTD.reshape(-1, u_BTD.shape[-1])
-        y_BTD = self.routed(u_XD, routing.experts_XK, routing.gates_XK).reshape(u_BTD.shape)
-        return y_BTD if self.shared is None else y_BTD + self.shared(u_BTD), routing
+        y_BTD = self.routed(u_XD, experts_XK, gates_XK).reshape(u_BTD.shape)
+        return y_BTD if self.shared is None else y_BTD + self.shared(u_BTD)
 
 
 def experts_loop(experts: RoutedExperts, u_XD: Array, experts_XK: Array, gates_XK: Array) -> Array:

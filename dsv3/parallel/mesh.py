@@ -149,6 +149,7 @@ def shard_of(config: Config, mesh: Mesh, params) -> Shard:
         (path_of(path), place_of(config, sizes, path_of(path), leaf.shape)) for path, leaf in leaves
     )
     return Shard(
+        mesh=mesh,
         size=sizes.devices,
         data_ranks=sizes.data_ranks,
         data=DATA,

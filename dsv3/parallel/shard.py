@@ -3,8 +3,9 @@
 A step's loss and gradient run as one program per device (`jax.shard_map`, every axis manual): the
 device has its rows of the batch, its experts, and its cut of every other parameter. The model is
 the same code as on one device. It is handed a `Shard`, a static value like the dot rule, which
-does three things: bring rows to experts (`exchange`), gather a layer's parameters for use, and
-take a mean over all devices. `ALONE`, the default, does nothing at all and is the oracle.
+does four things: run a function on every device, bring rows to experts (`exchange`), gather a
+layer's parameters for use, and take a sum or mean over all devices. `ALONE`, the default, does
+nothing at all and is the oracle. What decodes and evaluates goes through the same four.
 
 Gathering is a function with its own derivative. Forward, each device's cut is cast to the format
 that products multiply anyway, so BF16 travels and not FP32. Backward, FP32 gradients of the whole
@@ -13,11 +14,13 @@ Parameters that no axis divides, and experts beyond their own ranks, are summed 
 """
 
 import functools
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from dsv3.parallel.exchange import Hop, through_experts
 
@@ -77,8 +80,10 @@ STACKS = ("dense.", "moe.")  # parameters that `lax.scan` walks over, layer by l
 
 @dataclass(frozen=True)
 class Shard:
-    """One device of `size`; the batch is cut over the axes `data`, of `data_ranks` devices."""
+    """One device of `size` in `mesh`; the batch is cut over the axes `data`, of `data_ranks`
+    devices."""
 
+    mesh: Mesh | None = None
     size: int = 1
     data_ranks: int = 1
     data: tuple[str, ...] = ()
@@ -86,6 +91,52 @@ class Shard:
     expert_rows: float | None = None
     places: tuple[tuple[str, Place], ...] = ()  # of every parameter, by its path
     by_layer: bool = False  # stacks are gathered in the scan over layers, not before it
+
+    @property
+    def rows(self) -> jax.P:
+        """The partition spec of what has a row for each sequence of the batch."""
+        return jax.P(self.data)
+
+    def specs(self, params, prefix: str = ""):
+        """The partition specs of a tree of parameters; what is none of them lies everywhere."""
+        places = dict(self.places)
+
+        def one(path, leaf) -> jax.P:
+            place = places.get(prefix + path_of(path))
+            return place.spec(leaf.ndim) if place else jax.P()
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    def each(self, function: Callable, arguments: Any, results: Any) -> Callable:
+        """`function` as every device runs it, on its part; partition specs say what that is of each
+        argument and result."""
+        if self.mesh is None:
+            return function
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=arguments, out_specs=results, check_vma=False
+        )
+
+    def evaluate(self, function: Callable, model: Any, rows: tuple, results: Any) -> Any:
+        """`function(model, *rows)` on every device, with its part of the rows and all parameters,
+        but for stacks that are gathered by layer."""
+        arguments = self.specs(model), *(self.rows for _ in rows)
+        here = self.each(lambda cuts, *own: function(self.params(cuts), *own), arguments, results)
+        return here(model, *rows)
+
+    def even(self, rows: int) -> int:
+        """The least number of rows from `rows` on that can be cut evenly."""
+        return -(-rows // self.data_ranks) * self.data_ranks
+
+    def first(self, rows: int) -> Array | int:
+        """Where the `rows` rows of this device begin in the batch."""
+        return lax.axis_index(self.data) * rows if self.data else 0
+
+    def as_stored(self, params) -> "Shard":
+        """The same, but parameters travel in their own precision, for all kinds of products."""
+        flat, _ = jax.tree_util.tree_flatten_with_path(params)
+        stored = {path_of(path): leaf.dtype.name for path, leaf in flat}
+        places = ((name, place._replace(wire=stored[name])) for name, place in self.places)
+        return replace(self, places=tuple(places))
 
     def params(self, cuts):
         """All parameters whole, but for stacks that are gathered by layer."""

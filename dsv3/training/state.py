@@ -64,6 +64,16 @@ def graphdef(config: Config, shard: Shard = ALONE) -> nnx.GraphDef:
     return split(jax.eval_shape(lambda: Transformer(key, config.model, shard)))[0]
 
 
+def on_mesh(config: Config, model: Transformer, mesh: Mesh) -> Transformer:
+    """`model` to compute with on `mesh`, in any dtype, its arrays where training has them."""
+    _, *arrays = split(model)
+    params, router_bias = (
+        jax.device_put(x, meshes.shardings(config, mesh, x)) for x in arrays
+    )  # fmt: skip
+    shard = meshes.shard_of(config, mesh, params).as_stored(params)
+    return merge(graphdef(config, shard), params, router_bias)
+
+
 def create(config: Config, mesh: Mesh | None = None) -> TrainState:
     """The state before the first step, from `training.seed`; made by one jitted program, each
     device its own part. Without a mesh it lies on one device."""

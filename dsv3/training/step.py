@@ -161,13 +161,9 @@ def _gradients(config: Config, mesh: Mesh):
         counts_LE = shard.sum(stats.counts_LE)
         return gradients, losses, stats._replace(counts_LE=counts_LE), average
 
-    if mesh.size == 1:
-        return of_one_device
-    specs, average = jax.tree.map(lambda x: x.sharding.spec, (params, state.ema))
-    return jax.shard_map(
-        of_one_device, mesh=mesh, in_specs=(specs, jax.P(), jax.P(meshes.DATA), jax.P(), average),
-        out_specs=(specs, jax.P(), jax.P(), average), check_vma=False,
-    )  # fmt: skip
+    specs, average = shard.specs(params), shard.specs(state.ema)
+    arguments = specs, jax.P(), shard.rows, jax.P(), average
+    return shard.each(of_one_device, arguments, (specs, jax.P(), jax.P(), average))
 
 
 def _accumulated(one: Callable, pieces: Array, meanwhile):

@@ -38,6 +38,10 @@ def tokens(seed=0):
     return np.random.default_rng(seed).integers(0, SMALL.vocab, (B, S)).astype(np.int32)
 
 
+def live(width):
+    return np.ones((B, width), bool)
+
+
 begin = jax.jit(forward.begin, static_argnames="drafts")
 extend = jax.jit(forward.extend)
 propose = jax.jit(forward.propose, static_argnames="depth")
@@ -48,20 +52,22 @@ def decoded(model, tokens_BS, drafts, form, dtype):
     then one token, then two at a time, the two rows at places of their own."""
     mla, layers = model.config.mla, model.config.layers + drafts
     cache = empty(form, mla, layers, B, S, jnp.dtype(dtype))
-    h_BPD, cache = begin(model, cache, tokens_BS[:, :PROMPT], drafts)
+    h_BPD, cache, _ = begin(model, cache, tokens_BS[:, :PROMPT], live(PROMPT), drafts)
     found = [[] for _ in range(1 + drafts)]
     through_BSD = h_BPD
     for start, width in [(PROMPT, 1), *((at, 2) for at in range(PROMPT + 1, S - 1, 2))]:
         position_BT = jnp.broadcast_to(jnp.arange(start, start + width)[None], (B, width))
         part_BT = tokens_BS[:, start : start + width]
-        h_BTD, cache = extend(model, cache, part_BT, position_BT)
+        h_BTD, cache, _ = extend(model, cache, part_BT, position_BT, live(width))
         found[0].append(h_BTD)
         through_BSD = jnp.concatenate([through_BSD, h_BTD], axis=1)
         window_BW = position_BT[:, -1:] - jnp.arange(2 * drafts)[::-1][None]
         h_BWD = through_BSD[:, -2 * drafts :]
         for depth in range(1, drafts + 1):
             ahead_BW = tokens_BS[jnp.arange(B)[:, None], jnp.minimum(window_BW + depth, S - 1)]
-            h_BWD, cache = propose(model, depth, cache, h_BWD, ahead_BW, window_BW)
+            h_BWD, cache, _ = propose(
+                model, depth, cache, h_BWD, ahead_BW, window_BW, live(2 * drafts)
+            )
             found[depth].append(model.mtp[depth - 1].norm(h_BWD)[:, -width:])
     return [jnp.concatenate(parts, axis=1).astype(jnp.float32) for parts in found]
 
