@@ -13,22 +13,26 @@ how many drafts of the MTP modules were right. `logits` reads integers [B, T] an
 float32 `logits` [B, T, V], for a model with MTP also `mtp_logits` [B, T, V], its depth 1, and
 `mtp_logits_2`, ... of further depths. `bpb` scores `--set data.corpus=...`, by default the run's
 own; with `--hf`, where no run says which, that of the default configuration, which it names.
+A run's model lies on the mesh that it was trained on where that has its devices here, else on one;
+`--set parallel.local=8` and the like say which, also with `--hf`.
 Task files are described in docs/evaluation.md; `--execute` runs the programs that a model writes.
 """
 
 import argparse
+import functools
 import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3.bindings import apply
-from dsv3.checkpoint.trained import Trained, from_hf, from_workdir
+from dsv3.bindings import Binding, apply
+from dsv3.checkpoint.trained import Trained, from_hf, from_workdir, on_one_device
 from dsv3.cli import Parser
 from dsv3.config import Config
 from dsv3.errors import ConfigError, UserError, exits_cleanly
@@ -41,6 +45,7 @@ from dsv3.files import write_atomically
 from dsv3.host import keep_freed_memory
 from dsv3.inference import generate as inference
 from dsv3.inference.sampling import sampler_of
+from dsv3.parallel import mesh as meshes
 
 
 def run_bpb(trained: Trained, config: Config, options: argparse.Namespace) -> None:
@@ -225,13 +230,26 @@ def load(options: argparse.Namespace) -> tuple[Trained, Config]:
     """The model that the options name, and its configuration with `--set` bound."""
     if options.ema and options.hf:
         raise UserError("--ema belongs to --workdir: a Hugging Face folder holds no average")
-    trained = (
-        from_hf(options.hf) if options.hf else from_workdir(options.workdir, warn, ema=options.ema)
-    )
-    config = apply(trained.config, options.set)
-    if config.model != trained.config.model:
+    bind = functools.partial(bound, options.set)
+    if options.hf:
+        trained = from_hf(options.hf, bind)
+    else:
+        trained = from_workdir(options.workdir, warn, ema=options.ema, bind=bind)
+    return trained, trained.config
+
+
+def bound(bindings: list[Binding], trained: Config) -> Config:
+    """The configuration of what was trained, bound for evaluation."""
+    config = apply(trained, bindings)
+    if replace(config.model, remat=trained.model.remat) != trained.model:  # remat computes the same
         raise ConfigError("--set model...: a trained model stays as it is")
-    return trained, config
+    if not any(binding.path.partition(".")[0] == "parallel" for binding in bindings):
+        try:
+            meshes.build(config.parallel)
+        except ConfigError as error:
+            warn(f"on one device: {error}")
+            config = on_one_device(config)
+    return config
 
 
 def show(text: str) -> None:

@@ -2,6 +2,7 @@ import importlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,30 @@ def test_generate_drafts_stops_and_caches_in_fp8(run, workdir):
     assert run(*arguments, "--cache", "fp8")[0] == 0
 
 
+def test_a_mesh_computes_what_one_device_does(run, workdir, tmp_path):
+    if jax.device_count() != 8:
+        pytest.skip("wants 8 devices")
+    np.save(tmp_path / "T.npy", [[1, 2, 3]])
+    arguments = ["logits", "--workdir", workdir, "--tokens", tmp_path / "T.npy", "--out"]
+    mesh = ["--set", "parallel.replica=2", "--set", "parallel.local=4"]
+    assert run(*arguments, tmp_path / "O", *mesh) == run(*arguments, tmp_path / "P") == (0, "", "")
+    ours, single = (np.load(tmp_path / name) for name in "OP")
+    for name in ("logits", "mtp_logits"):  # FP32 sums in another order, at order 1
+        np.testing.assert_allclose(ours[name], single[name], atol=1e-5)
+
+
+def test_a_run_of_a_mesh_that_is_not_here_is_on_one_device(run, workdir, tmp_path):
+    there = tmp_path / "run"
+    shutil.copytree(workdir, there)
+    with (there / "config.gin").open("a") as file:
+        file.write("parallel.replica = 16\n")
+    arguments = ["--prompt", "abc", "--max-tokens", 9]
+    code, out, err = run("generate", "--workdir", there, *arguments)
+    assert (code, out) == run("generate", "--workdir", workdir, *arguments)[:2]
+    assert err.startswith("on one device: parallel.replica = 16 does not fit: ")
+    assert err.count("\n") == 1
+
+
 def test_text_goes_to_a_terminal_without_utf8(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
@@ -172,6 +197,8 @@ ERRORS = {
     "no tokenizer": ("bpb --hf {golden}", "{golden} has no tokenizer.json"),
     "no average": ("bpb --hf {golden} --ema", "--ema belongs to --workdir"),
     "model": ("bpb --workdir {run} --set model.width=8", "a trained model stays as it is"),
+    "mesh": ("bpb --workdir {run} --set parallel.replica=16", "parallel.replica = 16 does not"),
+    "experts": ("bpb --workdir {run} --set parallel.local=3", "parallel.local = 3 makes 3 shares"),
     "field": ("bpb --workdir {run} --set data.corpsu=x", "did you mean 'corpus'"),
     "corpus": ("bpb --workdir {run} --set data.corpus={run}/x", "{run}/x' does not exist"),
     "nothing held out": (

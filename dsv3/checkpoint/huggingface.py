@@ -52,6 +52,11 @@ def load(
     file, field or tensor, for whatever is wrong in the folder.
     """
     found = Folder(folder)
+    return found.config, read(found, dtype, place)
+
+
+def read(found: Folder, dtype: Any = None, place: Place | None = None) -> Transformer:
+    """The model of a folder; see `load`."""
     parameters = []
     for name, shape in found.shapes.items():
         read = functools.cache(  # what several devices hold is read once
@@ -62,7 +67,7 @@ def load(
             parameters.append(jnp.asarray(read(tuple(slice(0, n) for n in shape))))
         else:
             parameters.append(jax.make_array_from_callback(shape, sharding, read))
-    return found.config, jax.tree.unflatten(jax.tree.structure(found.abstract), parameters)
+    return jax.tree.unflatten(jax.tree.structure(found.abstract), parameters)
 
 
 # --- the commands ------------------------------------------------------------------------------

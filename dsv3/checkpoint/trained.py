@@ -2,6 +2,9 @@
 
 It comes from a run's workdir (config.gin, tokenizer.json and the newest sound checkpoint) or from a
 folder in the layout of the Hugging Face hub. The tokenizer is read on demand: logits need none.
+
+The model lies on the mesh of `parallel`, or on one device if nothing else is bound: `bind` makes of
+the configuration found there the one to go on with, before any weight is read.
 """
 
 import functools
@@ -11,22 +14,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dsv3.bindings import apply, read_bindings
 from dsv3.checkpoint import huggingface
+from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.store import Restored, Store
+from dsv3.cluster import Parallel
 from dsv3.config import Config
 from dsv3.data import tokenizer
 from dsv3.errors import CheckpointError, DataError, nearest
 from dsv3.model.transformer import Transformer
+from dsv3.parallel import mesh as meshes
 from dsv3.parallel.mesh import on_this_platform
 from dsv3.training import state
+
+Bind = Callable[[Config], Config]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """`config` as it was trained, `model` on the default device, and the folder they came from."""
+    """`config` as it was bound, `model` on its mesh, and the folder they came from."""
 
     config: Config
     model: Transformer
@@ -44,9 +52,15 @@ class Trained:
         return found
 
 
+def on_one_device(config: Config) -> Config:
+    """`config`, but for the mesh that it was trained on."""
+    return replace(config, parallel=Parallel())
+
+
 def from_workdir(
-    workdir: str | os.PathLike, warn: Callable[[str], None], *, ema: bool = False
-) -> Trained:
+    workdir: str | os.PathLike, warn: Callable[[str], None], *, ema: bool = False,
+    bind: Bind = on_one_device,
+) -> Trained:  # fmt: skip
     """The model of a run at its newest sound checkpoint: the live parameters, or their average.
 
     `warn` hears of damaged checkpoints. Raises ConfigError or CheckpointError where there is no
@@ -55,9 +69,10 @@ def from_workdir(
     folder = _folder(workdir, "workdir")
     if not (folder / "config.gin").exists():
         raise CheckpointError(f"{folder} is no run: it has no config.gin")
-    config = on_this_platform(apply(Config(), read_bindings(folder / "config.gin")))
+    config = bind(on_this_platform(apply(Config(), read_bindings(folder / "config.gin"))))
+    mesh = meshes.build(config.parallel)
     store = Store(folder / "checkpoints", config.checkpoint.keep, warn)
-    restored = store.restore_what(functools.partial(_held, config, None))
+    restored = store.restore_what(functools.partial(_held, config, mesh))
     if restored is None:
         raise CheckpointError(f"no checkpoint in {store.directory} yet")
     params = restored.state.params
@@ -68,7 +83,7 @@ def from_workdir(
             raise CheckpointError(f"{folder} keeps no average: training.ema_decay = None")
         params = jax.device_put(restored.state.ema, jax.memory.Space.Device)
     model = state.merge(state.graphdef(config), params, restored.state.router_bias)
-    return Trained(config, model, folder)
+    return Trained(config, state.on_mesh(config, model, mesh), folder)
 
 
 def restore(config: Config, store: Store, mesh: Mesh | None = None) -> Restored | None:
@@ -90,11 +105,18 @@ def _held(
     return (state.abstract if trained else state.abstract_weights)(config, mesh)
 
 
-def from_hf(directory: str | os.PathLike) -> Trained:
+def from_hf(directory: str | os.PathLike, bind: Bind = on_one_device) -> Trained:
     """The model of a Hugging Face folder, its parameters in the checkpoint's precision."""
-    folder = _folder(directory, "Hugging Face folder")
-    config, model = huggingface.load(folder)
-    return Trained(config, model, folder)
+    found = Folder(_folder(directory, "Hugging Face folder"))
+    config = bind(found.config)
+    mesh = meshes.build(config.parallel)
+
+    def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        sizes = meshes.sizes_of(mesh)
+        return NamedSharding(mesh, meshes.place_of(config, sizes, name, shape).spec(len(shape)))
+
+    model = state.on_mesh(config, huggingface.read(found, place=place), mesh)
+    return Trained(config, model, Path(directory))
 
 
 def _folder(path: str | os.PathLike, kind: str) -> Path:

@@ -98,7 +98,7 @@ def bits_per_byte(
     if size == 0:
         raise DataError("there is no held-out text to score")
     documents = tokenizer.encode_batch(texts)
-    rows = max(1, POSITIONS // length)
+    rows = model.shard.even(max(1, POSITIONS // length))
     every_window = (w for ids in documents for w in windows(ids, tokenizer.eos, length))
     batches = (_stacked(group, rows, length) for group in batched(every_window, rows))
     nats = [_nats(model, tokens_BS, scored_BT, dtype) for tokens_BS, scored_BT in batches]
@@ -135,10 +135,14 @@ def _stacked(group: Sequence[Window], rows: int, length: int) -> tuple[np.ndarra
 @functools.partial(jax.jit, static_argnames="dtype")
 def _nats(model: Transformer, tokens_BS: Array, scored_BT: Array, dtype) -> Array:
     """Sum of -log p of the scored targets, float32."""
-    h_BTD = model.hidden(tokens_BS[:, :-1], dtype=dtype).main_BTD
-    h_XD = h_BTD.reshape(-1, h_BTD.shape[-1])
-    target_X, scored_X = tokens_BS[:, 1:].reshape(-1), scored_BT.reshape(-1)
-    return head_loss(h_XD, model.head.w[...], target_X, scored_X)
+
+    def here(model: Transformer, tokens_BS: Array, scored_BT: Array) -> Array:
+        h_BTD = model.hidden(tokens_BS[:, :-1], dtype=dtype).main_BTD
+        h_XD = h_BTD.reshape(-1, h_BTD.shape[-1])
+        target_X, scored_X = tokens_BS[:, 1:].reshape(-1), scored_BT.reshape(-1)
+        return model.shard.sum(head_loss(h_XD, model.head.w[...], target_X, scored_X))
+
+    return model.shard.evaluate(here, model, (tokens_BS, scored_BT), jax.P())
 
 
 def compressor_bits_per_byte(texts: Sequence[str]) -> float:

@@ -52,18 +52,22 @@ def read_tokens(path: str | os.PathLike, vocab: int) -> np.ndarray:
 def logits(model: Transformer, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of the module docstring, float32, computed in FP32."""
     answer: dict[str, np.ndarray] = {}
-    rows = max(1, POSITIONS // tokens_BT.shape[1])
+    rows = model.shard.even(max(1, POSITIONS // tokens_BT.shape[1]))
     for start in range(0, len(tokens_BT), rows):
         chunk_BT = tokens_BT[start : start + rows]
-        for name, part_BTV in _logits(model, chunk_BT).items():
+        filling = model.shard.even(len(chunk_BT)) - len(chunk_BT)
+        for name, part_BTV in _logits(model, np.pad(chunk_BT, ((0, filling), (0, 0)))).items():
             whole = answer.setdefault(name, np.empty((len(tokens_BT), *part_BTV.shape[1:]), "f4"))
-            whole[start : start + rows] = part_BTV
+            whole[start : start + rows] = part_BTV[: len(chunk_BT)]
     return answer
 
 
 @jax.jit
 def _logits(model: Transformer, tokens_BT: Array) -> dict[str, Array]:
-    return _named(model(tokens_BT, dtype=jnp.dtype("float32")))
+    def here(model: Transformer, tokens_BT: Array) -> dict[str, Array]:
+        return _named(model(tokens_BT, dtype=jnp.dtype("float32")))
+
+    return model.shard.evaluate(here, model, (tokens_BT,), model.shard.rows)
 
 
 def _named(output: Output) -> dict[str, Array]:

@@ -15,7 +15,8 @@ the options of one question decides how it is tokenised:
 
 A sequence that exceeds the length loses its beginning, eos first, never what is scored. Rows are
 independent: those with equal inputs run once (one-token options cost one row together), in
-batches of similar length, on few compiled shapes. Logits exist for scored positions only.
+batches of similar length, on few compiled shapes. Logits exist for scored positions only, on a mesh
+where their rows are.
 """
 
 import functools
@@ -101,7 +102,7 @@ def score(
         rows.setdefault(tuple(span.tokens[:-1]), []).append(index)
     scores: list[Score | None] = [None] * len(spans)
     for size, inputs in _by_size(rows, length):
-        for group in batched(inputs, max(1, POSITIONS // size)):
+        for group in batched(inputs, model.shard.even(max(1, POSITIONS // size))):
             here = [(row, index) for row, tokens in enumerate(group) for index in rows[tokens]]
             found = _nats(model, group, size, [(row, fitted[i]) for row, i in here], vocab, dtype)
             for (_, index), (nats, greedy) in zip(here, found, strict=True):
@@ -140,21 +141,25 @@ def _power_of_two(n: int) -> int:
 
 def _nats(model, group, size: int, queries: list[tuple[int, Span]], vocab: int, dtype):
     """(-log p, greedy) of the spans in the rows `group`, each given with its row."""
-    tokens_BT = np.zeros((max(1, POSITIONS // size), size), np.int32)
+    tokens_BT = np.zeros((model.shard.even(max(1, POSITIONS // size)), size), np.int32)
     for row, tokens in zip(tokens_BT, group, strict=False):
         row[: len(tokens)] = tokens
-    lengths = [len(span.tokens) - span.first for _, span in queries]
-    ends = np.cumsum(lengths)
-    row_Y, position_Y, target_Y = np.zeros((3, _power_of_two(int(ends[-1]))), np.int32)
-    for (row, span), end, n in zip(queries, ends, lengths, strict=True):
-        row_Y[end - n : end] = row
-        position_Y[end - n : end] = np.arange(span.first - 1, len(span.tokens) - 1)
-        target_Y[end - n : end] = span.tokens[span.first :]
-    nats_Y, greedy_Y = _scored(model, tokens_BT, row_Y, position_Y, target_Y, vocab, dtype)
-    nats_Y, greedy_Y = np.asarray(nats_Y, np.float64), np.asarray(greedy_Y)
+    ranks = model.shard.data_ranks  # each scores the spans in its rows
+    filled, places, rows = [0] * ranks, [], len(tokens_BT) // ranks
+    for row, span in queries:
+        rank, n = row // rows, len(span.tokens) - span.first
+        places.append((rank, slice(filled[rank], filled[rank] + n)))
+        filled[rank] += n
+    row_nY, position_nY, target_nY = np.zeros((3, ranks, _power_of_two(max(filled))), np.int32)
+    for (row, span), here in zip(queries, places, strict=True):
+        row_nY[here] = row % rows
+        position_nY[here] = np.arange(span.first - 1, len(span.tokens) - 1)
+        target_nY[here] = span.tokens[span.first :]
+    asked = (x_nY.reshape(-1) for x_nY in (row_nY, position_nY, target_nY))
+    found = _scored(model, tokens_BT, *asked, vocab, dtype)
+    nats_nY, greedy_nY = (np.asarray(x).reshape(ranks, -1) for x in found)
     return [
-        (float(nats_Y[end - n : end].sum()), bool(greedy_Y[end - n : end].all()))
-        for end, n in zip(ends, lengths, strict=True)
+        (float(nats_nY[here].sum(dtype=np.float64)), bool(greedy_nY[here].all())) for here in places
     ]
 
 
@@ -163,13 +168,20 @@ def _scored(
     model, tokens_BT: Array, row_Y: Array, position_Y: Array, target_Y: Array, vocab, dtype
 ):
     """-log p of target_y behind position_y of row_y, and whether it is the most likely: [Y]."""
-    h_YD = model.hidden(tokens_BT, dtype=dtype).main_BTD[row_Y, position_Y]
 
-    def chunk(operands):
-        h_cD, target_c = operands
-        nats_c, log_p_cV = negative_log_likelihood(h_cD, model.head.w[...], target_c)
-        return nats_c, jnp.argmax(log_p_cV[:, :vocab], axis=-1) == target_c
+    def here(
+        model: Transformer, tokens_BT: Array, row_Y: Array, position_Y: Array, target_Y: Array
+    ):
+        h_YD = model.hidden(tokens_BT, dtype=dtype).main_BTD[row_Y, position_Y]
 
-    size = min(CHUNK, target_Y.size)
-    found = lax.map(chunk, (h_YD.reshape(-1, size, h_YD.shape[-1]), target_Y.reshape(-1, size)))
-    return jax.tree.map(lambda x: x.reshape(-1), found)
+        def chunk(operands):
+            h_cD, target_c = operands
+            nats_c, log_p_cV = negative_log_likelihood(h_cD, model.head.w[...], target_c)
+            return nats_c, jnp.argmax(log_p_cV[:, :vocab], axis=-1) == target_c
+
+        size = min(CHUNK, target_Y.size)
+        found = lax.map(chunk, (h_YD.reshape(-1, size, h_YD.shape[-1]), target_Y.reshape(-1, size)))
+        return jax.tree.map(lambda x: x.reshape(-1), found)
+
+    rows = tokens_BT, row_Y, position_Y, target_Y
+    return model.shard.evaluate(here, model, rows, model.shard.rows)
