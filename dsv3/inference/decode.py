@@ -110,16 +110,17 @@ def _begin(
     model = cuts.shard.params(cuts)
     config, (sequences, size) = model.config, tokens_BS.shape
     cache = empty(plan.form, config.mla, config.layers + plan.drafts, sequences, size, plan.dtype)
-    live_BP = jnp.arange(prompt)[None] < length_B[:, None] - 1
-    passed = forward.begin(model, cache, tokens_BS[:, :prompt], live_BP, plan.drafts)
+    place_1P = jnp.arange(min(prompt, size))[None]
+    read_B1 = length_B[:, None] - 1
+    passed = forward.begin(model, cache, tokens_BS[:, :prompt], place_1P < read_B1, plan.drafts)
     counts_1LE = jnp.zeros(
         (1, config.moe_layers + config.mtp_depths, config.moe.routed_experts), jnp.int32
     )
-    counts_1LE = _counted(counts_1LE, 0, passed.experts_LBTK[: config.moe_layers], live_BP)
-    for depth in range(1, plan.drafts + 1):
+    main_LBTK, modules_JBTK = jnp.split(passed.experts_LBTK, [config.moe_layers])
+    counts_1LE = _counted(counts_1LE, 0, main_LBTK, place_1P < read_B1)
+    for depth, experts_BTK in enumerate(modules_JBTK, start=1):
         row = config.moe_layers + depth - 1
-        ahead_BP = jnp.arange(prompt)[None] + depth < length_B[:, None] - 1
-        counts_1LE = _counted(counts_1LE, row, passed.experts_LBTK[row][None], ahead_BP)
+        counts_1LE = _counted(counts_1LE, row, experts_BTK[None], place_1P + depth < read_B1)
     none_B = jnp.zeros(sequences, jnp.int32)
     state = State(
         tokens_BS, length_B, none_B > 0, none_B, none_B, none_B == 0,

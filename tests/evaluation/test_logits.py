@@ -8,6 +8,7 @@ import pytest
 from dsv3.errors import DataError
 from dsv3.evaluation import logits as module
 from dsv3.evaluation.logits import logits, read_tokens
+from dsv3.parallel.shard import Shard
 
 
 def saved(tmp_path, content):
@@ -71,7 +72,9 @@ def test_what_is_no_file_of_an_array_is_named(tmp_path):
         read_tokens(tmp_path, 10)
 
 
-def test_every_depth_is_answered_in_batches_of_whole_sequences(monkeypatch):
+@pytest.mark.parametrize(("ranks", "batches"), [(1, [2, 2, 1]), (4, [4, 4])])
+def test_every_depth_is_answered_in_batches_of_whole_sequences(monkeypatch, ranks, batches):
+    """On a mesh of a multiple of its ranks; what fills them up is not in the answer."""
     shapes = []
 
     def answer(model, tokens_BT):
@@ -82,8 +85,8 @@ def test_every_depth_is_answered_in_batches_of_whole_sequences(monkeypatch):
     monkeypatch.setattr(module, "_logits", answer)
     monkeypatch.setattr(module, "POSITIONS", 8)
     tokens_BT = np.arange(15, dtype=np.int32).reshape(5, 3)
-    found = logits(None, tokens_BT)
-    assert shapes == [(2, 3), (2, 3), (1, 3)]
+    found = logits(SimpleNamespace(shard=Shard(data_ranks=ranks)), tokens_BT)
+    assert shapes == [(rows, 3) for rows in batches]
     assert list(found) == ["logits", "mtp_logits", "mtp_logits_2"]
     for array, factor in zip(found.values(), (1, -1, 2), strict=True):
         assert array.shape == (5, 3, 6) and array.dtype == np.float32
