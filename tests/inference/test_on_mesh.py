@@ -68,8 +68,8 @@ CASES = {  # mesh, sampler, what else is asked for
     "drawn, stop strings, fsdp, all_to_all over 4 in several passes, 2 replicas": (
         FSDP, DRAWN, SEED | {"ends": seven_tokens},
     ),
-    "greedy, drafted, FP8 cache, node_limited over 2 x 4": (
-        {"node": 2, "local": 4}, Greedy(), {"drafts": 1, "cache": "fp8"},
+    "greedy, drafted, FP8 cache, all_to_all over 8": (
+        {"local": 8}, Greedy(), {"drafts": 1, "cache": "fp8"},
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import pytest
 
 from dsv3.errors import ConfigError
 from dsv3.inference.generate import acceptance, drafts_of, generate
+from dsv3.inference.replicas import routed_loads
 from dsv3.inference.rerun import last_logits
 from dsv3.inference.sampling import Greedy, Random
 from dsv3.inference.speculative import verify
@@ -45,6 +46,22 @@ def test_greedy_is_plain_greedy_on_200_prompts():
         assert tokens_of(drafted) == tokens_of(plain)
         kept = {c.kept for c in drafted}
         assert len(kept) > 1 or kept != {0}  # rows keep different numbers of drafts
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_decoding_counts_what_a_pass_over_its_text_would(drafts):
+    """The main model reads all tokens but the last, modules that draft the last as well."""
+    model, some = model_of(SMALL), prompts(20)
+    done = generate(model, some, Greedy(), 40, drafts=drafts, **OPTIONS)
+    assert {c.stopped for c in done} == {True, False}
+    assert not drafts or 0 < sum(c.kept for c in done) < 2 * sum(c.steps for c in done)
+    rows = [
+        [*prompt, *c.tokens, *([1] if c.stopped else [])]
+        for prompt, c in zip(some, done, strict=True)
+    ]
+    read, ahead = (routed_loads(model, rows) for rows in ([row[:-1] for row in rows], rows))
+    np.testing.assert_array_equal(done.counts_LE[:2], read[:2])
+    np.testing.assert_array_equal(done.counts_LE[2:], (drafts > 0) * ahead[2:])
 
 
 def test_one_row_alone_in_bf16():
