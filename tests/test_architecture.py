@@ -27,6 +27,7 @@ ROWS = (
         "host",
         "schema",
         "cluster",
+        "model_config",
         "config",
         "counts",
         "bindings",
