@@ -22,7 +22,7 @@ import jax
 from jax.sharding import Mesh
 
 from dsv3 import counts
-from dsv3.bindings import HEADER, apply, operative, read_bindings
+from dsv3.bindings import HEADER, apply, blocks_of, operative, read_bindings
 from dsv3.checkpoint.resume import start_or_resume
 from dsv3.checkpoint.store import Store
 from dsv3.cli import Parser
@@ -43,7 +43,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.parallel import launch
 from dsv3.parallel import mesh as meshes
 from dsv3.parallel.mesh import on_this_platform
-from dsv3.parallel.processes import is_first, together
+from dsv3.parallel.processes import is_first, require_same, together
 from dsv3.reporting.fp8 import watching
 from dsv3.reporting.metrics import Recorder
 from dsv3.reporting.plots import compare_runs, plot_run
@@ -57,6 +57,7 @@ from dsv3.training.schedules import steps_to_end
 from dsv3.training.step import make_step
 
 WRITTEN = ("config.gin", "tokenizer.json", "metrics.jsonl", "loads.jsonl", "results.json")
+OF_A_HOST = ("data.cache", "data.corpus")  # where it keeps what all have alike
 
 
 def train(
@@ -64,6 +65,9 @@ def train(
 ) -> train_state.TrainState:
     """Train in `workdir`, resuming what is there, to optimizer step `steps` or to the end."""
     workdir, stop = Path(workdir), stop or StopRequest()
+    fields = {path: value for block in blocks_of(config) for path, value in block.items()}
+    asked = {"--workdir": str(workdir), "--steps": steps, **fields}
+    require_same({name: asked[name] for name in asked if name not in OF_A_HOST})
     with ExitStack() as stack:
         with together():
             if is_first():
@@ -248,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     named = load_sweep(options.config, options.sweep) if options.sweep else None
 
     def work() -> None:
+        require_same({"--sweep": options.sweep, "--index": options.index})
         if named is None:
             train(config, options.workdir, options.steps)
         else:

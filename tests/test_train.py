@@ -191,6 +191,30 @@ def test_a_run_goes_on_over_other_processes_and_devices(uninterrupted, config, t
     assert Store(workdir / "checkpoints", 3, pytest.fail).steps() == [4, 8, 9]
 
 
+@pytest.mark.parametrize(
+    ("asked", "unlike"),
+    [
+        (
+            ("--steps 6", "--steps 7 --set training.learning_rate=1e-1"),
+            "--steps is 6 in process 0 and 7 in process 1; "
+            "training.learning_rate is 0.002 in process 0 and 0.1 in process 1",
+        ),
+        (("--sweep mtp --index 1", "--sweep mtp"), "--index is 1 in process 0 and None in"),
+    ],
+)
+def test_processes_that_are_asked_for_unlike_things_say_which(asked, unlike, tmp_path):
+    base = ["train.py", "configs/tiny.py", "--workdir", tmp_path / "run"]
+    base += ["--set", "parallel.replica=None", "--processes", "2"]
+    base += ["--coordinator", f"127.0.0.1:{free_port()}", "--process"]
+    own = [[process, "--set", f"data.cache={tmp_path / process}"] for process in "01"]
+    with running(*([*base, *own[i], *asked[i].split()] for i in range(2))) as begun:
+        said = outputs(begun)
+    assert [process.returncode for process in begun] == [2, 2], said
+    assert said[0] == said[1] and len(said[0]) == 1
+    assert said[0][0].startswith(f"error: {unlike}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_sweep_runs_from_python_and_ends_in_a_table(config, tmp_path):
     over = param("training.learning_rate", [1e-3, 1e-2])
     table = train_module.sweep(config, over, tmp_path, steps=2)

@@ -21,6 +21,7 @@ import re
 import select
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from dsv3.errors import UserError, exits_cleanly
 HEARTBEAT_SECONDS = 60  # without one a process is dead
 ANNOUNCE_SECONDS = 5  # that an announcement of a death may take
 SHUTDOWN_SECONDS = 60  # between the end of the first process and the last
+FAREWELL_SECONDS = 2  # for which process 0 serves the others, who end of the same error as it
 LOST = re.compile(r"gloo|nccl|connection|socket|coordination|DEADLINE|UNAVAILABLE|CANCELLED", re.I)
 SERVICE_KNOWS = "the JAX distributed service detected fatal errors"
 AGAIN = "the same command resumes from the last checkpoint"
@@ -105,6 +107,8 @@ def run(place: Place | None, seconds: int, work: Callable[[], None]) -> None:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        if place.process == 0:
+            time.sleep(FAREWELL_SECONDS)
         code = error.code if isinstance(error, SystemExit) else 1
         os._exit(code if isinstance(code, int) else 1)
 

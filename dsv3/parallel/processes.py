@@ -10,14 +10,15 @@ otherwise the others would wait for it. A process that dies is noticed by the ru
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 from jax._src import distributed  # the store has no public name
 
-from dsv3.errors import UserError
+from dsv3.bindings import literal
+from dsv3.errors import ConfigError, UserError
 
 WAIT_SECONDS = 3600  # longer than any process may take on its own: the dead are found before
 _rounds = itertools.count()
@@ -43,6 +44,24 @@ def exchange(text: str) -> list[str]:
     if turn:  # whoever has answered this round has read the one before
         store.key_value_delete(f"dsv3/{turn - 1}/{me}")
     return said
+
+
+def require_same(asked: Mapping[str, Any]) -> None:
+    """Raise ConfigError in all processes where one was asked for other values than the first.
+
+    Each would compile its own, and what they sum over devices would belong to none of them.
+    """
+    texts = {name: literal(value) for name, value in asked.items()}
+    first, *others = map(json.loads, exchange(json.dumps(texts)))
+    for process, other in enumerate(others, 1):
+        here, there = (dict.fromkeys(first | other, "absent") | some for some in (first, other))
+        unlike = [
+            f"{name} is {here[name]} in process 0 and {there[name]} in process {process}"
+            for name in here
+            if here[name] != there[name]
+        ]
+        if unlike:
+            raise ConfigError("; ".join(unlike[:4]))
 
 
 @contextmanager
