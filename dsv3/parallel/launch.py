@@ -6,9 +6,10 @@ or the same command under a launcher that jax knows: SLURM, Open MPI, Kubernetes
 processes find each other through the coordinator, a service in process 0, of `jax.distributed`.
 
 Where a process does not come, or dies later, that runtime aborts the others, each in a thread of
-its own, with pages of C++ and a signal. So the work is done in a child, and its parent, which never
-starts JAX, passes on what it says and the signals it gets, and at its end says in one line what the
-runtime said in many: which process was missed. The child dies with its parent, whoever kills that.
+its own, with pages of C++ and a signal. So the work is done in a child. Its parent, which never
+starts JAX, passes on what the child says and the first signal that comes, and says in the end in
+one line what the runtime said in many: which process was missed. A second signal kills the child,
+whatever it waits for, and it dies with its parent, whoever kills that.
 
 The death of process 0, and so of the service, is seen at once. That of another is when its parent
 announces it; where that died as well, a whole host for instance, when heartbeats stay away.
@@ -16,6 +17,7 @@ announces it; where that died as well, a whole host for instance, when heartbeat
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import select
@@ -167,8 +169,7 @@ def _supervise(place: Place, seconds: int) -> None:
         os.close(read)
         return
     os.close(write)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: _signal(child, number))
+    _pass_signals_to(child)
     said, status = _listen(read, child)
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
@@ -198,9 +199,17 @@ def _announce(place: Place) -> None:
     os._exit(0)
 
 
-def _signal(child: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, number)
+def _pass_signals_to(child: int) -> None:
+    """The first as it is, a second as SIGKILL: the child may be where it handles none."""
+
+    def handle(number: int, _: Any, send: int | None = None) -> None:
+        for one in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(one, functools.partial(handle, send=signal.SIGKILL))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, send or number)
+
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, handle)
 
 
 def _listen(pipe: int, child: int) -> tuple[str, int]:

@@ -10,6 +10,7 @@ otherwise the others would wait for it. A process that dies is noticed by the ru
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from dsv3.bindings import literal
 from dsv3.errors import ConfigError, UserError
 
 WAIT_SECONDS = 3600  # longer than any process may take on its own: the dead are found before
+SLICE_SECONDS = 1  # a signal is heard between two waits, not within
 _rounds = itertools.count()
 _LAG = 64  # calls of an agreement that a process may be behind; collectives allow it a few
 
@@ -37,13 +39,22 @@ def exchange(text: str) -> list[str]:
     store: Any = distributed.global_state.client
     me, turn = jax.process_index(), next(_rounds)
     store.key_value_set(f"dsv3/{turn}/{me}", text)
-    said = [
-        store.blocking_key_value_get(f"dsv3/{turn}/{process}", WAIT_SECONDS * 1000)
-        for process in range(jax.process_count())
-    ]
+    said = [_heard(f"dsv3/{turn}/{process}") for process in range(jax.process_count())]
     if turn:  # whoever has answered this round has read the one before
         store.key_value_delete(f"dsv3/{turn - 1}/{me}")
     return said
+
+
+def _heard(key: str) -> str:
+    """What is stored as `key`, once it is."""
+    store: Any = distributed.global_state.client
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            return store.blocking_key_value_get(key, SLICE_SECONDS * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > end:
+                raise
 
 
 def require_same(asked: Mapping[str, Any]) -> None:
@@ -134,4 +145,4 @@ class Agreement:
             store.key_value_set(f"{self._name}-{call}", heard)
             if call >= _LAG:
                 store.key_value_delete(f"{self._name}-{call - _LAG}")
-        return json.loads(store.blocking_key_value_get(f"{self._name}-{call}", WAIT_SECONDS * 1000))
+        return json.loads(_heard(f"{self._name}-{call}"))

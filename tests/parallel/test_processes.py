@@ -1,6 +1,7 @@
 """Real processes over gloo on the CPU: they agree, share the data, and miss each other by name."""
 
 import signal
+import subprocess
 
 import pytest
 
@@ -77,6 +78,20 @@ def test_a_process_that_never_joins_is_named(tmp_path):
     assert [process.returncode for process in begun] == [2, 2], said
     for process, lines in zip((0, 2), said, strict=True):
         assert lines[-1].startswith(f"error: process {process}: process 1 of 3 did not join")
+
+
+def test_a_signal_ends_one_that_waits_and_a_second_one_that_would_save(tmp_path):
+    with workers(3, tmp_path, "wait") as begun:
+        assert [process.stdout.readline() for process in begun] == ["begun\n"] * 3
+        begun[1].send_signal(signal.SIGINT)
+        assert outputs(begun[1:2]) == [["interrupted"]] and begun[1].returncode == 130
+        begun[2].send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            begun[2].wait(2)
+        begun[2].send_signal(signal.SIGTERM)
+        (first,), (last,) = outputs(begun[:1]), outputs(begun[2:])
+    assert last == [f"error: process 2: ended by SIGKILL; {launch.AGAIN}"]
+    assert first == [f"error: process 0: process 2 died; {launch.AGAIN}"]
 
 
 @pytest.mark.parametrize(
