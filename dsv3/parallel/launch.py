@@ -40,6 +40,8 @@ HEARTBEAT_SECONDS = 60  # without one a process is dead
 ANNOUNCE_SECONDS = 5  # that an announcement of a death may take
 SHUTDOWN_SECONDS = 60  # between the end of the first process and the last
 FAREWELL_SECONDS = 2  # for which process 0 serves the others, who end of the same error as it
+HOLD_SECONDS = 3  # between what the runtime complains of and its death of that
+COMPLAINT, FATAL = (re.compile(rb"^[%s]\d{4} \d\d:" % kinds, re.M) for kinds in (b"WEF", b"F"))
 LOST = re.compile(r"gloo|nccl|connection|socket|coordination|DEADLINE|UNAVAILABLE|CANCELLED", re.I)
 SERVICE_KNOWS = "the JAX distributed service detected fatal errors"
 AGAIN = "the same command resumes from the last checkpoint"
@@ -170,13 +172,17 @@ def _supervise(place: Place, seconds: int) -> None:
         return
     os.close(write)
     _pass_signals_to(child)
-    said, status = _listen(read, child)
+    said, held, status = _listen(read, child)
     code = os.waitstatus_to_exitcode(status)
+    reason = _reason(said, place, seconds) if code < 0 else None
+    if reason is None:
+        _pass_on(held)
     if code >= 0:
         raise SystemExit(code)
     if SERVICE_KNOWS not in said:
         _announce(place)
-    raise UserError(f"process {place.process}: {_reason(said, code, place, seconds)}")
+    reason = reason or f"ended by {signal.Signals(-code).name}; {AGAIN}"
+    raise UserError(f"process {place.process}: {reason}")
 
 
 def _announce(place: Place) -> None:
@@ -212,23 +218,34 @@ def _pass_signals_to(child: int) -> None:
         signal.signal(one, handle)
 
 
-def _listen(pipe: int, child: int) -> tuple[str, int]:
-    """Pass on what comes through `pipe` until `child` ends; the end of it, and the status."""
-    said, ended, status = b"", 0, 0
+def _listen(pipe: int, child: int) -> tuple[str, bytes, int]:
+    """Pass on what comes through `pipe` until `child` ends; the end of it, and the status.
+
+    What the runtime complains of is held back, with all behind it, until it is seen whether that
+    kills it. In the middle: what is held back at the end.
+    """
+    said, held, ended, status, since = b"", b"", 0, 0, time.monotonic()
     while True:
-        while select.select([pipe], [], [], 0 if ended else 0.2)[0]:
-            if not (chunk := os.read(pipe, 1 << 16)):
-                break
-            with contextlib.suppress(OSError):  # nobody reads our stderr
-                os.write(2, chunk)
-            said = (said + chunk)[-_TAIL:]
-        if ended:
-            return said.decode(errors="replace"), status
-        ended, status = os.waitpid(child, os.WNOHANG)
+        ready, _, _ = select.select([pipe], [], [], 0 if ended else 0.2)
+        chunk = os.read(pipe, 1 << 16) if ready else b""
+        said, held = (said + chunk)[-_TAIL:], held + chunk
+        late = time.monotonic() - since > HOLD_SECONDS and not FATAL.search(held)
+        if not COMPLAINT.search(held) or (late and not ended):
+            _pass_on(held)
+            held, since = b"", time.monotonic()
+        if ended and not chunk:
+            return said.decode(errors="replace"), held, status
+        if not ended:
+            ended, status = os.waitpid(child, os.WNOHANG)
 
 
-def _reason(said: str, code: int, place: Place, seconds: int) -> str:
-    """What the runtime's last words in `said` mean."""
+def _pass_on(text: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody reads our stderr
+        os.write(2, text)
+
+
+def _reason(said: str, place: Place, seconds: int) -> str | None:
+    """What the runtime's last words in `said` mean, if they are known."""
     if missing := re.findall(r"timed out task names:\s*((?:\d+\s+)+)", said):
         names = _listed(missing[-1])
         return f"{names} of {place.processes} did not join {place.coordinator} in {seconds} s"
@@ -240,7 +257,7 @@ def _reason(said: str, code: int, place: Place, seconds: int) -> str:
         return f"{_listed(' '.join(set(dead)))} died; {AGAIN}"
     if "leader task was preempted" in said:
         return f"process 0 died or cannot be reached; {AGAIN}"
-    return f"ended by {signal.Signals(-code).name}; {AGAIN}"
+    return None
 
 
 def _listed(numbers: str) -> str:
