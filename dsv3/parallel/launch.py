@@ -22,6 +22,7 @@ import os
 import re
 import select
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -41,6 +42,7 @@ ANNOUNCE_SECONDS = 5  # that an announcement of a death may take
 SHUTDOWN_SECONDS = 60  # between the end of the first process and the last
 FAREWELL_SECONDS = 2  # for which process 0 serves the others, who end of the same error as it
 HOLD_SECONDS = 3  # between what the runtime complains of and its death of that
+DAY = 24 * 3600  # longer, a process is not waited for
 COMPLAINT, FATAL = (re.compile(rb"^[%s]\d{4} \d\d:" % kinds, re.M) for kinds in (b"WEF", b"F"))
 LOST = re.compile(r"gloo|nccl|connection|socket|coordination|DEADLINE|UNAVAILABLE|CANCELLED", re.I)
 SERVICE_KNOWS = "the JAX distributed service detected fatal errors"
@@ -69,8 +71,9 @@ def place_of(coordinator: str | None, processes: int | None, process: int | None
         return _place_in_cluster()
     if coordinator is None or processes is None or process is None:
         raise UserError("--coordinator, --processes and --process go together")
-    if not re.fullmatch(r".+:\d{1,5}", coordinator):
-        raise UserError(f"--coordinator {coordinator} is not HOST:PORT")
+    port = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    if not port or not 1 <= int(port[1]) <= 65535:
+        raise UserError(f"--coordinator {coordinator} is not HOST:PORT, with a port of 1 to 65535")
     if not 0 <= process < processes:
         raise UserError(f"--process {process} must lie between 0 and {processes - 1}")
     return Place(coordinator, processes, process)
@@ -100,6 +103,8 @@ def run(place: Place | None, seconds: int, work: Callable[[], None]) -> None:
     child ends at once, without waiting for the others as JAX would at its exit; they miss it then.
     Raises UserError where one of them is missed here.
     """
+    if not 1 <= seconds <= DAY:
+        raise UserError(f"--join-seconds {seconds} must lie between 1 and {DAY}")
     if place is None:
         return work()
     _supervise(place, seconds)
@@ -144,7 +149,8 @@ def _join(place: Place, seconds: int) -> None:
         "shutdown_timeout": SHUTDOWN_SECONDS,
     }
     if place.process == 0:
-        port = place.coordinator.rpartition(":")[2]
+        port = int(place.coordinator.rpartition(":")[2])
+        _require_free(port, place)
         state.service = _jax.get_distributed_runtime_service(
             f"[::]:{port}", place.processes, cluster_register_timeout=seconds, **patience
         )
@@ -153,6 +159,17 @@ def _join(place: Place, seconds: int) -> None:
         **patience,
     )  # fmt: skip
     state.client.connect()
+
+
+def _require_free(port: int, place: Place) -> None:
+    """Raise UserError where nobody can listen; the service would share the port with another."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"process 0 cannot listen at {place.coordinator}: {reason}") from error
 
 
 def _supervise(place: Place, seconds: int) -> None:

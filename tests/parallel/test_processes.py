@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -96,6 +97,16 @@ def test_a_signal_ends_one_that_waits_and_a_second_one_that_would_save(tmp_path)
     assert first == [f"error: process 0: process 2 died; {launch.AGAIN}"]
 
 
+def test_a_second_process_0_finds_the_port_taken(tmp_path):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with running(["-m", "tests.parallel.worker", port, 2, 0, 60, tmp_path]) as begun:
+            (said,) = outputs(begun)
+    assert begun[0].returncode == 2
+    reason = "Address already in use"
+    assert said == [f"error: process 0 cannot listen at 127.0.0.1:{port}: {reason}"]
+
+
 def said_by(child: str, capfd) -> tuple[str, bytes, str, float]:
     """What of the words of a shell that is `child` was heard, held, and passed on when it ended."""
     read, write = os.pipe()
@@ -142,6 +153,8 @@ def test_the_runtimes_last_words_are_understood(said, meaning):
         (("host:1", 2, None), "go together"),
         ((None, 2, 0), "go together"),
         (("host", 2, 0), "--coordinator host is not HOST:PORT"),
+        (("host:0", 2, 1), "--coordinator host:0 .*, with a port of 1 to 65535"),
+        (("host:65536", 2, 0), "--coordinator host:65536 is not"),
         (("host:1", 2, 2), "--process 2 must lie between 0 and 1"),
         (("host:1", 0, 0), "--process"),
     ],
@@ -149,6 +162,12 @@ def test_the_runtimes_last_words_are_understood(said, meaning):
 def test_options_that_do_not_fit(options, complaint):
     with pytest.raises(UserError, match=complaint):
         place_of(*options)
+
+
+@pytest.mark.parametrize("seconds", [0, -5, 10**6])
+def test_others_are_waited_for_a_second_or_more_and_at_most_a_day(seconds):
+    with pytest.raises(UserError, match=f"--join-seconds {seconds} must lie between 1 and 86400"):
+        launch.run(Place("host:1", 2, 0), seconds, pytest.fail)
 
 
 SLURM = {
