@@ -233,7 +233,8 @@ def test_a_run_that_diverges_does_not_end_its_sweep(config, tmp_path, capsys):
     diverged, sound = over.runs(impatient)
     train_module.sweep(impatient, over, tmp_path, steps=5)
     assert f"run {diverged.id} ended: 2 steps in a row" in capsys.readouterr().out
-    rows = {row["run"]: row for row in map(json.loads, (tmp_path / "results.jsonl").open())}
+    found = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = {row["run"]: row for row in found}
     assert rows[sound.id]["step"] == 5 and rows[diverged.id]["skipped"] == 2
     with pytest.raises(TrainingError):
         train_module.sweep(impatient, over, tmp_path, index=0, steps=5)

@@ -214,7 +214,10 @@ def on_this_platform(config: Config) -> Config:
 
 
 def backends(config: Config) -> str:
-    """What multiplies on this platform and, where that was left to it, why nothing better does."""
+    """What multiplies on this platform and, where that was left to it, why nothing better does.
+
+    A CPU's own is the best that there is for it.
+    """
     asked, model, machine = config.model, on_this_platform(config).model, _machine(config)
     products = [("mosaic", dot.obstacle(asked.dot, machine.platform, model.moe.block))]
     cores = [(name, attention.obstacle(name, asked.mla, machine)) for name in attention.PREFERRED]
@@ -222,11 +225,13 @@ def backends(config: Config) -> str:
         (name, attention.decoding_obstacle(name, asked.mla, machine))
         for name in attention.PREFERRED_DECODING
     ]
-    return ", ".join((
-        _said("products", asked.dot.backend, model.dot.backend, products),
-        _said("attention", asked.mla.attention, model.mla.attention, cores),
-        _said("decoding", asked.mla.decoding, model.mla.decoding, over),
-    ))  # fmt: skip
+    chosen = (
+        ("products", asked.dot.backend, model.dot.backend, products),
+        ("attention", asked.mla.attention, model.mla.attention, cores),
+        ("decoding", asked.mla.decoding, model.mla.decoding, over),
+    )
+    best = machine.platform == "cpu"
+    return ", ".join(_said(*three, () if best else why) for *three, why in chosen)
 
 
 def _said(what: str, asked: str, chosen: str, obstacles: Iterable[tuple[str, str | None]]) -> str:

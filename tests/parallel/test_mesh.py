@@ -125,11 +125,12 @@ def test_the_way_to_experts_is_that_of_the_transport(parallel, hops):
 @pytest.mark.parametrize(
     ("accelerator", "cudnn", "changes", "says"),
     [
+        ("cpu", None, {}, "products by 'xla', attention by 'xla', decoding by 'xla'"),
         (
-            "cpu", None, {},
-            "products by 'xla' ('mosaic' needs a GPU of compute capability 9.0, not 'cpu'), "
+            "gpu", None, {},
+            "products by 'xla' ('mosaic' needs a GPU of compute capability 9.0, not 'gpu'), "
             "attention by 'xla' ('cudnn', 'mosaic' needs a GPU of compute capability 9.0, not "
-            "'cpu'), decoding by 'xla' ('mosaic' needs a GPU of compute capability 9.0, not 'cpu')",
+            "'gpu'), decoding by 'xla' ('mosaic' needs a GPU of compute capability 9.0, not 'gpu')",
         ),
         ("hopper", 91_000, {}, "products by 'mosaic', attention by 'cudnn', decoding by 'mosaic'"),
         (
