@@ -231,7 +231,9 @@ def backends(config: Config) -> str:
         ("decoding", asked.mla.decoding, model.mla.decoding, over),
     )
     best = machine.platform == "cpu"
-    return ", ".join(_said(*three, () if best else why) for *three, why in chosen)
+    return ", ".join(
+        _said(what, asked, taken, () if best else why) for what, asked, taken, why in chosen
+    )
 
 
 def _said(what: str, asked: str, chosen: str, obstacles: Iterable[tuple[str, str | None]]) -> str:
