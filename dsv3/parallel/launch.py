@@ -159,6 +159,11 @@ def _join(place: Place, seconds: int) -> None:
         **patience,
     )  # fmt: skip
     state.client.connect()
+    if place.process == 0:
+        state.client.key_value_set("dsv3/processes", str(place.processes))
+    count = state.client.blocking_key_value_get("dsv3/processes", seconds * 1000)
+    if count != str(place.processes):
+        raise UserError(f"--processes {place.processes} is {count} in process 0")
 
 
 def _require_free(port: int, place: Place) -> None:

@@ -107,6 +107,13 @@ def test_a_second_process_0_finds_the_port_taken(tmp_path):
     assert said == [f"error: process 0 cannot listen at 127.0.0.1:{port}: {reason}"]
 
 
+def test_all_count_the_same_processes(tmp_path):
+    base = ["-m", "tests.parallel.worker", free_port()]
+    with running(*([*base, 2 + me, me, 60, tmp_path, "wait"] for me in range(2))) as begun:
+        assert outputs(begun[1:]) == [["error: --processes 3 is 2 in process 0"]]
+    assert begun[1].returncode == 2
+
+
 def said_by(child: str, capfd) -> tuple[str, bytes, str, float]:
     """What of the words of a shell that is `child` was heard, held, and passed on when it ended."""
     read, write = os.pipe()
