@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from dsv3 import counts
 from dsv3.bindings import HEADER, apply, blocks_of, operative, read_bindings
+from dsv3.checkpoint.importing import HUB
 from dsv3.checkpoint.resume import start_or_resume
 from dsv3.checkpoint.store import Store
 from dsv3.cli import Parser
@@ -110,7 +111,7 @@ def _train(
             shown.say(f"nothing left to train: step {int(state.step)}")
         with together():
             if is_first() and not ended:
-                if store.steps() and not sequences_read:
+                if (store.steps() or (workdir / HUB).exists()) and not sequences_read:
                     require_same_tokenizer(config, prepared, workdir / "tokenizer.json")
                 write_inputs(config, prepared, workdir)
         with stop.listening():

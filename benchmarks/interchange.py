@@ -3,13 +3,14 @@
     python -m benchmarks.interchange [--gb 4] [--folder /tmp]
 
 Writes a synthetic checkpoint in the released layout (E4M3 blocks with scales, BF16 beside them; the
-numbers are random) of about `--gb` into a folder that it removes again, and needs seven times that
-on the disk. Each job is a process of its own; its peak is VmHWM, everything included. The files lie
-in the page cache, as they were just written. A workdir holds FP32, four bytes for one, so an import
-is bound by the disk: `disk` is how fast a plain file is written and fsynced, and what that is in
-bytes of the hub's files. `convert` is an import without the writing.
+numbers are random) of about `--gb`, then one that is BF16 throughout, into a folder that it removes
+again, and needs five times that on the disk. Each job is a process of its own; its peak is VmHWM,
+everything included. The files lie in the page cache, as they were just written. `load` is what
+`huggingface.load` does, but that every parameter is forgotten once it is there; its peak is that of
+the largest parameter, which stacks all experts. An import may be bound by the disk: `disk` is how
+fast a plain file is written and fsynced.
 
-The goals: reading at 500 MB/s, and a peak of at most 3 times the largest tensor and 1 GiB.
+The goals of an import: 500 MB/s, and a peak of at most 3 times the largest tensor and 1 GiB.
 """
 
 import argparse
@@ -42,20 +43,20 @@ SHARD_BYTES = 10**9
 PLAIN_BYTES = 2 * 10**9  # written to find the disk's speed
 
 
-def shape_of(gigabytes: float) -> Config:
+def shape_of(gigabytes: float, quantization: Quantization | None) -> Config:
     """A model of which the embedding is the largest tensor, as experts go up with the size."""
     mla = Mla(heads=16, query_latent=768, kv_latent=512, nope_dim=128, rope_dim=64, value_dim=128)
     model = Model(vocab=49_152, width=4096, layers=3, dense_layers=1, dense_width=8192, mla=mla,
                   mtp_depths=0)  # fmt: skip
-    fixed, expert = 1.1, 2 * 3 * 4096 * 2048 / 1e9
+    width = 1 if quantization else 2  # bytes of what is in FP8 otherwise
+    fixed, expert = 0.8 + 0.25 * width, width * 2 * 3 * 4096 * 2048 / 1e9
     experts = max(round((gigabytes - fixed) / expert / 4), 1) * 4
-    moe = Moe(routed_experts=experts, groups=4, experts_per_token=2, expert_width=2048)
+    moe = Moe(routed_experts=experts, groups=2, experts_per_token=2, expert_width=2048)
     return Config(model=Model(**(vars(model) | {"moe": moe})))
 
 
-def make(folder: Path, config: Config) -> tuple[int, int]:
+def make(folder: Path, config: Config, quantization: Quantization | None) -> tuple[int, int]:
     """Write the checkpoint; its bytes, and those of the largest tensor."""
-    quantization = Quantization(hub_config.DEEPSEEK_FP8)
     pieces = exporting.in_file_order(config.model)
     entries = exporting.plan(pieces, "BF16", quantization, exporting.projections(pieces))
     fields = hub_config.fields_of(config, "bfloat16", quantization)
@@ -87,27 +88,18 @@ def fill(writer: Writer, entry: Entry, pool: np.ndarray) -> None:
 # --- the jobs, each in a process of its own ----------------------------------------------------
 
 
-def convert(folder: Path) -> None:
-    """Read every tensor into place and forget it: an import without the writing."""
-    found = Folder(folder)
-    for name in found.shapes:
-        deque(importing.Streamed(found, name, lambda size: None).pieces(), maxlen=0)
-
-
 def job(name: str, folder: Path) -> None:
     """Run one job and print its seconds and peak in bytes."""
-    hf, workdir = folder / "hf", folder / "workdir"
+    hf, workdir, out = folder / "hf", folder / "workdir", folder / name
     began = time.perf_counter()
     match name:
-        case "convert":
-            convert(hf)
+        case "load":
+            deque(Folder(hf).parameters(), maxlen=0)
         case "import":
             importing.import_checkpoint(hf, workdir)
-        case "export in FP8":
-            exporting.export(exporting.of_workdir(workdir, print), folder / "fp8", fp8=True,
+        case _:
+            exporting.export(exporting.of_workdir(workdir, print), out, fp8=name == FP8,
                              shard_bytes=SHARD_BYTES)  # fmt: skip
-        case "export in BF16":
-            exporting.export(exporting.of_workdir(workdir, print), folder / "bf16")
     seconds = time.perf_counter() - began
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
@@ -116,7 +108,8 @@ def job(name: str, folder: Path) -> None:
     print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak * 1024}))
 
 
-JOBS = ("convert", "import", "export in FP8", "export in BF16")
+FP8, BF16 = "export in FP8", "export in BF16"
+JOBS = ("load", "import", FP8, BF16)
 
 
 def measured(name: str, folder: Path) -> tuple[float, float, int]:
@@ -144,45 +137,46 @@ def tree_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def report(gigabytes: float, folder: Path) -> None:
+def report(gigabytes: float, quantization: Quantization | None, folder: Path) -> None:
     (folder / "hf").mkdir()
-    size, largest = make(folder / "hf", shape_of(gigabytes))
+    size, largest = make(folder / "hf", shape_of(gigabytes, quantization), quantization)
     limit = 3 * largest + 2**30
-    print(f"{size / 1e9:.2f} GB in the released layout, largest tensor {largest / 1e6:.0f} MB; "
+    form = "FP8 blocks" if quantization else "BF16"
+    print(f"{size / 1e9:.2f} GB in {form}, largest tensor {largest / 1e6:.0f} MB; "
           f"goals: {GOAL_SPEED:.0f} MB/s, {limit / 1e9:.2f} GB")  # fmt: skip
-    print("| job | seconds | CPU s | MB/s of the hub's files | written GB | peak GB |")
-    print("|---|---|---|---|---|---|")
-    outputs = {"import": "workdir", "export in FP8": "fp8", "export in BF16": "bf16"}
+    print("| job | seconds | CPU s | MB/s | MB a CPU s | written GB | peak GB |")
+    print("|---|---|---|---|---|---|---|")
     for name in JOBS:
         seconds, cpu, peak = measured(name, folder)
-        out = folder / outputs.get(name, "nothing")
+        out = folder / ("workdir" if name == "import" else name)
         written = tree_bytes(out)
-        files = written if name.startswith("export") else size
-        speed, fault = files / 1e6 / seconds, " > goal" if peak > limit else ""
-        print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {speed:.0f} | {written / 1e9:.2f} | "
-              f"{peak / 1e9:.2f}{fault} |", flush=True)  # fmt: skip
+        files = (written if name.startswith("export") else size) / 1e6
+        print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {files / seconds:.0f} | {files / cpu:.0f} | "
+              f"{written / 1e9:.2f} | {peak / 1e9:.2f} |", flush=True)  # fmt: skip
         if name == "import":
             speed = disk_speed(folder, min(written, PLAIN_BYTES))
-            print(f"| disk, {speed:.0f} MB/s | | | {speed * size / written:.0f} | | |", flush=True)
-        if name == "export in FP8":
+            print(f"| disk | | | {speed:.0f} | | | |", flush=True)
+        elif name == (FP8 if quantization else BF16):
             shards_of = sorted((folder / "hf").glob("*.safetensors"))
             same = all(filecmp.cmp(f, out / f.name, shallow=False) for f in shards_of)
-            print(f"| the same bytes as imported: {same} | | | | | |", flush=True)
+            print(f"| the same bytes as imported: {same} | | | | | | |", flush=True)
+        if name.startswith("export"):
             shutil.rmtree(out)
 
 
 @exits_cleanly
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--gb", type=float, default=4.0, help="of the checkpoint")
+    parser.add_argument("--gb", type=float, default=4.0, help="of each checkpoint")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.job:
         job(options.job, options.folder)
         return
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="interchange-") as folder:
-        report(options.gb, Path(folder))
+    for quantization in (Quantization(hub_config.DEEPSEEK_FP8), None):
+        with tempfile.TemporaryDirectory(dir=options.folder, prefix="interchange-") as folder:
+            report(options.gb, quantization, Path(folder))
 
 
 if __name__ == "__main__":

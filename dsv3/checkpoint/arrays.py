@@ -133,8 +133,6 @@ class _Writer(_HANDLERS.NumpyHandler):
             sums, within = self.sums.setdefault(info.name, {}), None
             store: Any = None
             for number, chunk in leaf.chunks():
-                if number in sums:
-                    raise ValueError(f"{info.name} has two pieces at {leaf.grid.box(number)}")
                 if size > BATCH:
                     if committed:
                         await committed

@@ -1,8 +1,8 @@
 """What lies beside the weights: the tokenizer, how to generate, and the ids of special tokens.
 
-Files are taken along as they are, with a tokenizer or without. An import keeps the ids that the
-origin's config.json names in `special_ids.json`, and an export says them again; without any, those
-of the tokenizer's tokens; without a tokenizer, none.
+Files are taken along as they are, with a tokenizer or without. An export says the ids that the
+config.json names of which its weights came; without any, those of the tokenizer's tokens; without
+a tokenizer, none.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3.checkpoint.weights import inside, read_json
+from dsv3.checkpoint.weights import inside
 from dsv3.data.tokenizer import SPECIAL_TOKENS
 from dsv3.errors import CheckpointError
 
@@ -20,7 +20,6 @@ FILES = (
     "special_tokens_map.json",
 )  # fmt: skip
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-KEPT = "special_ids.json"
 
 
 def copy(folder: Path, out: Path) -> None:
@@ -37,16 +36,6 @@ def ids_of(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
         if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
             raise CheckpointError(f"{origin}: {name} = {value!r} is no id")
     return ids
-
-
-def keep_ids(ids: Mapping[str, Any], workdir: Path) -> None:
-    if ids:
-        (workdir / KEPT).write_text(json.dumps(ids) + "\n")
-
-
-def kept_ids(workdir: Path) -> dict[str, Any]:
-    path = workdir / KEPT
-    return ids_of(read_json(path), str(path)) if path.exists() else {}
 
 
 def write(folder: Path | None, ids: Mapping[str, Any], vocab: int, out: Path) -> dict[str, Any]:

@@ -6,25 +6,25 @@ is written besides weights: config.json, and what a tokenizer comes with (`besid
 
 In FP8 (§3.3, spec §2.6) a block of a projection becomes
 
-    s = max|W| / 448,   E4M3(W / s)      or, where the weights were imported with scales,
-    the scale that it had, if E4M3(W / s) · s is W again for the whole block
+    s = max|W| / 448,   E4M3(W / s)
 
-so an import that is exported unchanged has the bytes that it came from, whatever made its scales;
-once the weights were trained, no block passes the test. `quantization_config` is the origin's too:
-its block size, and whether fresh scales are powers of two.
+but what is in the wanted form already, in a folder of the hub or an import that was not trained, is
+written as it is, whatever made its scales. To make them again would not do: of dequantised values
+max|W| / 448 is another FP32 number than the scale for one block in ten. What was imported in FP8
+and then trained has the origin's `quantization_config`: which tensors are in FP8, the size of
+blocks, and whether scales are powers of two.
 """
 
+import dataclasses
 import functools
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -32,12 +32,12 @@ from dsv3.bindings import apply, read_bindings
 from dsv3.checkpoint import beside, hub, hub_config
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.hub_config import Quantization
-from dsv3.checkpoint.importing import SCALES, Progress, new_folder, read_kept_scales
+from dsv3.checkpoint.importing import Progress, imported, new_folder
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.safetensors_file import DTYPES as DTYPE_OF
 from dsv3.checkpoint.safetensors_file import METADATA, Entry, Writer, shards
 from dsv3.checkpoint.store import Store
-from dsv3.checkpoint.weights import FP8, INDEX, SINGLE, usable
+from dsv3.checkpoint.weights import FP8, INDEX, SINGLE, Weights, usable
 from dsv3.config import Config, Model
 from dsv3.errors import CheckpointError, nearest
 from dsv3.model.transformer import Transformer
@@ -47,6 +47,7 @@ DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 SHARD_BYTES = 5 * 10**9
 CHUNK = 1 << 22  # elements converted at once
 TILE = 128
+EXPONENT = {"BF16": np.uint16(0x7F80), "F32": np.uint32(0x7F800000)}  # full: NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,18 @@ class Source:
     """Where weights come from.
 
     read: the part of a parameter that a tensor is made of, as ours, [inputs, outputs]
-    quantization, scales: of the checkpoint that was imported, if it was in FP8; by tensor
+    quantization, quantized: of the checkpoint that they are or once were, if it is in FP8, and its
+        tensors that are
+    weights: the tensors as they are stored, where they still are the hub's
     folder: where the tokenizer's files are, if anywhere
-    ids: of special tokens, as the checkpoint that was imported names them
+    ids: of special tokens, as the checkpoint of the hub names them
     """
 
     config: Config
     read: Callable[[hub.Piece], np.ndarray]
     quantization: Quantization | None = None
-    scales: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+    quantized: Collection[str] = ()
+    weights: Weights | None = None
     folder: Path | None = None
     ids: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,18 +92,24 @@ def _gathered(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
 
 def of_folder(folder: str | os.PathLike) -> Source:
     """A checkpoint of the hub. Raises CheckpointError for whatever is wrong with it."""
-    found = Folder(folder)
-    weights = found.weights
-    scales = {name: functools.partial(weights.read_scales, name) for name in weights.scales}
+    return _of(Folder(folder))
+
+
+def _of(found: Folder) -> Source:
     read = functools.partial(found.read_piece, dtype=np.dtype(np.float32))
-    quantization = weights.quantization if scales else None
-    return Source(found.config, read, quantization, scales, found.path, found.ids)
+    return Source(found.config, read, *_quantization(found), found.weights, found.path, found.ids)
+
+
+def _quantization(found: Folder) -> tuple[Quantization | None, Collection[str]]:
+    scales = found.weights.scales
+    return (found.weights.quantization, scales.keys()) if scales else (None, ())
 
 
 def of_workdir(
     workdir: str | os.PathLike, warn: Callable[[str], None], *, ema: bool = False
 ) -> Source:
-    """A run at its newest sound checkpoint: the live parameters, or their average.
+    """A run at its newest sound checkpoint, before the first one what was imported: the live
+    parameters, or their average.
 
     Arrays are read one by one. Raises CheckpointError where there is no run, no checkpoint or no
     average.
@@ -109,10 +119,12 @@ def of_workdir(
         raise CheckpointError(f"{folder} is no run: it has no config.gin")
     config = apply(Config(), read_bindings(folder / "config.gin"))
     reader = Store(folder / "checkpoints", config.checkpoint.keep, warn).open()
-    if reader is None:
-        raise CheckpointError(f"no checkpoint in {folder / 'checkpoints'} yet")
-    if ema and not any(name.startswith("ema.") for name in reader.shapes):
+    if ema and not any(name.startswith("ema.") for name in (reader.shapes if reader else ())):
         raise CheckpointError(f"{folder} keeps no average: training.ema_decay = None, or step 0")
+    if reader is None:
+        if (found := imported(folder)) is None:
+            raise CheckpointError(f"no checkpoint in {folder / 'checkpoints'} yet")
+        return dataclasses.replace(_of(found), folder=folder)
 
     def read(piece: hub.Piece) -> np.ndarray:
         part = "router_bias" if piece.parameter.endswith("router.bias") else "params"
@@ -122,16 +134,9 @@ def of_workdir(
             raise CheckpointError(f"{folder}: the checkpoint does not fit config.gin: no {name}")
         return reader.read(name, piece.index)
 
-    return Source(config, read, *_kept_scales(folder), folder, beside.kept_ids(folder))
-
-
-def _kept_scales(workdir: Path) -> tuple[Quantization | None, dict[str, Callable[[], np.ndarray]]]:
-    kept = read_kept_scales(workdir)
-    if kept is None:
-        return None, {}
-    said = {"quantization_config": json.loads(kept.metadata["quantization_config"])}
-    found = hub_config.quantization_of(said, str(workdir / SCALES))
-    return found, {name: tensor.read for name, tensor in kept.tensors.items()}
+    if (origin := imported(folder, weights=False)) is None:
+        return Source(config, read, folder=folder)
+    return Source(config, read, *_quantization(origin), None, folder, origin.ids)
 
 
 # --- what will be written ----------------------------------------------------------------------
@@ -161,12 +166,10 @@ def export(
         quantization = source.quantization or Quantization(hub_config.DEEPSEEK_FP8)
     fields = hub_config.fields_of(source.config, dtype, quantization)
     pieces = in_file_order(source.config.model)
-    quantized = projections(pieces) if source.quantization is None else source.scales.keys()
+    quantized = projections(pieces) if source.quantization is None else source.quantized
     entries = plan(pieces, DTYPES[dtype], quantization, quantized)
     needed = sum(entry.nbytes for entry in entries.values())
-    with new_folder(out) as making:
-        if shutil.disk_usage(making).free < needed:
-            raise CheckpointError(f"{out.parent} has no room for {-(-needed // 10**6):,} MB")
+    with new_folder(out, needed) as making:
         ids = beside.write(source.folder, source.ids, source.config.model.vocab, making)
         (making / "config.json").write_text(json.dumps(fields | ids, indent=2) + "\n")
         chunks = _chunks(source, pieces, entries, quantization)
@@ -237,36 +240,56 @@ def _chunks(
 ) -> Iterator[np.ndarray]:
     """The bytes of all `entries` in their order, in arrays of some rows of a tensor."""
     for name, piece in pieces.items():
-        ours = source.read(piece)
-        tensor = ours.T if piece.transposed else ours
-        if tensor.shape != piece.shape:
-            raise CheckpointError(f"{piece.parameter} does not fit config.gin: {ours.shape}")
-        if quantization is None or entries[name].dtype != FP8:
+        form, weights = entries[name].dtype, source.weights
+        if weights is not None and weights.headers[piece.tensor].dtype == form:
+            yield from _stored(name, weights, piece.tensor)
+        elif quantization is not None and form == FP8:
+            yield from _quantized(name, _read(source, piece), quantization)
+        else:
+            tensor = _read(source, piece)
             for rows in _rows(tensor, 1):
                 part = _turned(tensor[rows])
-                _require_finite(name, part, entries[name].dtype)
-                yield _narrowed(part, entries[name].dtype)
-            continue
-        kept, scales = _fitting(source, piece.tensor, entries), []
-        height = quantization.block[0]
-        for rows in _rows(tensor, height):
-            some = None if kept is None else kept[rows.start // height : -(-rows.stop // height)]
-            part = _turned(tensor[rows])
-            _require_finite(name, part, "F32")
-            found = _quantized(part, some, quantization.block, quantization.power_of_two)
-            scales.append(np.asarray(found.scales))
-            if not np.all(usable(scales[-1])):
-                raise CheckpointError(f"{name} is too large for FP8: its scale is no FP32 number")
-            yield np.asarray(found.values)
-        yield np.concatenate(scales)
+                _require_finite(name, part, form)
+                yield _narrowed(part, form)
 
 
-def _fitting(source: Source, name: str, entries: Mapping[str, Entry]) -> np.ndarray | None:
-    """The scales that a weight was imported with, if it was."""
-    if name not in source.scales:
-        return None
-    kept = source.scales[name]()
-    return kept if kept.shape == entries[hub.scale_of(name)].shape else None
+def _stored(name: str, weights: Weights, tensor: str) -> Iterator[np.ndarray]:
+    """A tensor as it is, then its scales where it has some."""
+    for part in weights.stored(tensor):
+        if (exponent := EXPONENT.get(weights.headers[tensor].dtype)) is not None:
+            if np.any((part.view(exponent.dtype) & exponent) == exponent):
+                raise CheckpointError(f"{name} holds a number that is not finite")
+        yield part
+    if tensor in weights.scales:
+        yield from weights.stored(hub.scale_of(tensor))
+
+
+def _read(source: Source, piece: hub.Piece) -> np.ndarray:
+    """A tensor as the hub has it: a view of ours, where that is the other way."""
+    ours = source.read(piece)
+    tensor = ours.T if piece.transposed else ours
+    if tensor.shape != piece.shape:
+        raise CheckpointError(f"{piece.parameter} does not fit config.gin: {ours.shape}")
+    return tensor
+
+
+def _quantized(name: str, tensor: np.ndarray, quantization: Quantization) -> Iterator[np.ndarray]:
+    """E4M3 in some rows at a time, then all scales."""
+    scales = []
+    for rows in _rows(tensor, quantization.block[0]):
+        part = _turned(tensor[rows])
+        _require_finite(name, part, "F32")
+        found = _quantize(part, quantization.block, quantization.power_of_two)
+        scales.append(np.asarray(found.scales))
+        if not np.all(usable(scales[-1])):
+            raise CheckpointError(f"{name} is too large for FP8: its scale is no FP32 number")
+        yield np.asarray(found.values)
+    yield np.concatenate(scales)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize(w: jax.Array, block: tuple[int, int], power_of_two: bool) -> fp8.Quantized:
+    return fp8.quantize(w, block, power_of_two=power_of_two)
 
 
 def _rows(tensor: np.ndarray, multiple: int) -> Iterator[slice]:
@@ -303,39 +326,3 @@ def _narrowed(part: np.ndarray, dtype: str) -> np.ndarray:
         return part.astype(ml_dtypes.bfloat16)
     bits = part.view(np.uint32)
     return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)
-
-
-def _quantized(
-    part: np.ndarray, kept: np.ndarray | None, block: tuple[int, int], power_of_two: bool
-) -> fp8.Quantized:
-    part = part.astype(np.float32, copy=False)
-    if kept is None:
-        return _fresh(part, block, power_of_two)
-    return _kept_where_exact(part, kept, block, power_of_two)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _fresh(w: jax.Array, block: tuple[int, int], power_of_two: bool) -> fp8.Quantized:
-    return fp8.quantize(w, block, power_of_two=power_of_two)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _kept_where_exact(
-    w: jax.Array, kept: jax.Array, block: tuple[int, int], power_of_two: bool
-) -> fp8.Quantized:
-    """`w` [rows, columns] by the scales `kept` of its blocks, or fresh ones where not exact."""
-    rows, columns = w.shape
-
-    def spread(of_block):
-        tall = jnp.repeat(of_block, block[0], axis=0)[:rows]
-        return jnp.repeat(tall, block[1], axis=1)[:, :columns]
-
-    limit = float(jnp.finfo(jnp.float8_e4m3fn).max)
-    values = jnp.clip(w / spread(kept), -limit, limit).astype(jnp.float8_e4m3fn)
-    same = values.astype(jnp.float32) * spread(kept) == w
-    padded = jnp.pad(same, ((0, -rows % block[0]), (0, -columns % block[1])), constant_values=True)
-    exact = padded.reshape(kept.shape[0], block[0], kept.shape[1], block[1]).all(axis=(1, 3))
-    fresh = fp8.quantize(w, block, power_of_two=power_of_two)
-    return fp8.Quantized(
-        jnp.where(spread(exact), values, fresh.values), jnp.where(exact, kept, fresh.scales)
-    )

@@ -6,8 +6,10 @@ files do not hold (transformers writes it so), there are none.
 """
 
 import dataclasses
+import functools
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,19 @@ from dsv3.config import Model
 from dsv3.errors import CheckpointError
 from dsv3.model.transformer import Transformer
 
+ALIGNMENT = 64  # bytes, of XLA:CPU
+Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+
 
 class Folder:
     """A checkpoint of the hub, found sound by its headers: `config`, parameters by dotted path,
-    and the `ids` of special tokens.
+    and the `ids` of special tokens. `copied` says that it was one before, and is as it was: its
+    MTP layers' copies are not read to be compared then.
 
     Raises CheckpointError, one line naming the file, field or tensor, for whatever is wrong.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, *, copied: bool = False):
         self.path = Path(folder)
         origin = str(self.path / "config.json")
         fields = read_json(self.path / "config.json")
@@ -51,7 +57,7 @@ class Folder:
         wanted = {p.tensor: p for pieces in self.pieces.values() for p in pieces}
         copies = {copy: wanted[main] for copy, main in hub.copies(config.model).items()}
         require_fit(self.weights, wanted, copies)
-        for copy, main in copies.items():
+        for copy, main in () if copied else copies.items():
             if copy in self.weights.headers and not self.weights.same(copy, main.tensor):
                 raise CheckpointError(
                     f"{self.path}: {copy} is no copy of {main.tensor}, which MTP shares"
@@ -65,10 +71,28 @@ class Folder:
         stored = {DTYPES[self.weights.headers[p.tensor].dtype] for p in self.pieces[parameter]}
         return np.dtype(jnp.result_type(*stored) if asked is None else asked)
 
+    def model(self, dtype: Any = None, place: Place | None = None) -> Transformer:
+        """The model, its parameters in `dtype` or as `dtype()` has it, each where `place(path,
+        shape)` says, None meaning the default device: a process reads what its devices hold."""
+        leaves = self.parameters(dtype, place)
+        return jax.tree.unflatten(jax.tree.structure(self.abstract), list(leaves))
+
+    def parameters(self, dtype: Any = None, place: Place | None = None) -> Iterator[jax.Array]:
+        """Those of `model`, one by one."""
+        for name, shape in self.shapes.items():
+            read = functools.cache(  # what several devices hold is read once
+                functools.partial(self.read, name, dtype=self.dtype(name, dtype))
+            )
+            sharding = place(name, shape) if place else None
+            if sharding is None:
+                yield jax.device_put(read(tuple(slice(0, n) for n in shape)))
+            else:
+                yield jax.make_array_from_callback(shape, sharding, read)
+
     def read(self, parameter: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         """`parameter[index]`, from the tensors and rows of them that it is made of."""
         bounds = [i.indices(n) for i, n in zip(index, self.shapes[parameter], strict=True)]
-        out = np.empty([stop - start for start, stop, _ in bounds], dtype)
+        out = _aligned([stop - start for start, stop, _ in bounds], np.dtype(dtype))
         self.weights.read_into(self._targets(parameter, bounds, out))
         return out
 
@@ -91,6 +115,14 @@ class Folder:
                     part.T if piece.transposed else part,
                     *(rest[::-1] if piece.transposed else rest),
                 )
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array at a place from which jax, on CPUs, takes it without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def require_plausible(weights: Weights, model: Model) -> None:

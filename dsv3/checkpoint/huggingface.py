@@ -13,19 +13,15 @@ not at all; what was interrupted begins anew.
 """
 
 import argparse
-import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from dsv3 import counts
 from dsv3.checkpoint import exporting
 from dsv3.checkpoint.exporting import export
-from dsv3.checkpoint.folder import Folder
+from dsv3.checkpoint.folder import Folder, Place
 from dsv3.checkpoint.importing import import_checkpoint
 from dsv3.cli import Parser
 from dsv3.config import Config
@@ -34,8 +30,6 @@ from dsv3.errors import UserError, exits_cleanly
 from dsv3.model.transformer import Transformer
 
 __all__ = ["export", "import_checkpoint", "load"]
-
-Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 def load(
@@ -52,22 +46,7 @@ def load(
     file, field or tensor, for whatever is wrong in the folder.
     """
     found = Folder(folder)
-    return found.config, read(found, dtype, place)
-
-
-def read(found: Folder, dtype: Any = None, place: Place | None = None) -> Transformer:
-    """The model of a folder; see `load`."""
-    parameters = []
-    for name, shape in found.shapes.items():
-        read = functools.cache(  # what several devices hold is read once
-            functools.partial(found.read, name, dtype=found.dtype(name, dtype))
-        )
-        sharding = place(name, shape) if place else None
-        if sharding is None:
-            parameters.append(jnp.asarray(read(tuple(slice(0, n) for n in shape))))
-        else:
-            parameters.append(jax.make_array_from_callback(shape, sharding, read))
-    return jax.tree.unflatten(jax.tree.structure(found.abstract), parameters)
+    return found.config, found.model(dtype, place)
 
 
 # --- the commands ------------------------------------------------------------------------------

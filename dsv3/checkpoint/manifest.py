@@ -176,17 +176,17 @@ class Manifest:
             raise DamageError(f"{name} does not match its hash")
         return content
 
-    def difference(self, wanted: Mapping[str, Any]) -> str:
-        """Where names, dtypes and shapes differ from the leaves `wanted`; '' where they fit."""
-        saved = {name: _typed(entry) for name, entry in self.arrays.items()}
-        here = {name: _typed(leaf) for name, leaf in wanted.items()}
-        differing = [n for n in [*saved, *(here.keys() - saved)] if saved.get(n) != here.get(n)]
-        shown = [
-            f"{n} is {saved.get(n, 'absent')} in it and {here.get(n, 'absent')} here"
-            for n in sorted(differing)[:3]
-        ]
-        more = [f"{len(differing) - 3} more"] if len(differing) > 3 else []
-        return "; ".join(shown + more)
+
+def difference(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where names, dtypes and shapes of what was saved differ from `wanted`; '' where they fit."""
+    there, here = ({name: _typed(leaf) for name, leaf in of.items()} for of in (saved, wanted))
+    differing = [n for n in [*there, *(here.keys() - there)] if there.get(n) != here.get(n)]
+    shown = [
+        f"{n} is {there.get(n, 'absent')} in it and {here.get(n, 'absent')} here"
+        for n in sorted(differing)[:3]
+    ]
+    more = [f"{len(differing) - 3} more"] if len(differing) > 3 else []
+    return "; ".join(shown + more)
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:

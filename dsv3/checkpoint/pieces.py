@@ -1,9 +1,8 @@
 """Arrays in pieces: how a leaf is cut for the disk, and a fingerprint that no cut changes.
 
-On disk an array is a regular grid of chunks. A chunk lies within one shard of one device, or within
-one piece of an array that is produced as it is saved, and holds `CHUNK_BYTES` or a little more, so
-that writing and reading need memory for a few chunks, and what is read for a mesh other than the
-one it was saved on is little more than what that mesh needs.
+On disk an array is a regular grid of chunks. A chunk lies within one shard of one device and holds
+`CHUNK_BYTES` or a little more, so that writing and reading need memory for a few chunks, and what
+is read for a mesh other than the one it was saved on is little more than what that mesh needs.
 
 The fingerprint of a set of elements is the sum, modulo 2**64, of
 
@@ -95,8 +94,6 @@ class Pieces:
     def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
         """(number, content) of the chunks that this process writes."""
         for origin, part in self.parts():
-            if part.dtype != self.dtype:
-                raise TypeError(f"a piece of {self.dtype} is {part.dtype}")
             part = part if part.flags.c_contiguous else part.copy()  # keeps a 0-dimensional shape
             inner = Grid(part.shape, self.grid.chunk)
             for box in map(inner.box, range(inner.size)):
@@ -105,21 +102,14 @@ class Pieces:
 
 
 def cut(name: str, leaf: Any) -> Pieces:
-    """The pieces of a jax array, a numpy array or one that is produced as it is saved.
+    """The pieces of a jax array or a numpy array.
 
     A jax array may be sharded in any way over any processes: each writes its own shards, of a
-    replicated one the first replica. Numpy arrays and produced ones are the first process's to
-    write, and of the latter others need no more than the shape.
-
-    A produced array has `.shape`, `.dtype` and `.pieces()`, which yields `(index, numpy array)`:
-    `index`, a tuple of integers, equally long for all pieces, stands on the leading axes. Each
-    index comes once, in any order. `.pieces()` is called anew for each pass over the array.
+    replicated one the first replica. Numpy arrays are the first process's to write.
     """
     if not hasattr(leaf, "dtype"):
         raise TypeError(f"{name} is {leaf!r}; a checkpoint holds arrays")
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
-    if hasattr(leaf, "pieces"):
-        return _produced(shape, dtype, leaf.pieces)
     if isinstance(leaf, jax.Array):
         part = leaf.sharding.shard_shape(shape)
         return Pieces(dtype, _grid(shape, part, dtype), lambda: _shards(leaf))
@@ -195,18 +185,6 @@ def _shards(array: jax.Array) -> Iterator[tuple[Index, np.ndarray]]:
             if shard.device.platform != "cpu":  # a copy that goes, where asarray's stays cached
                 data = jax.device_put(data, jax.memory.Space.Host)
             yield tuple(part.start or 0 for part in shard.index), np.asarray(data)
-
-
-def _produced(shape: Index, dtype: np.dtype, pieces: Callable) -> Pieces:
-    def parts() -> Iterator[tuple[Index, np.ndarray]]:
-        for index, piece in pieces() if jax.process_index() == 0 else ():
-            lead = len(index)
-            if piece.shape != shape[lead:]:
-                raise ValueError(f"piece {index} of {shape} has the shape {piece.shape}")
-            yield (*index, *(0,) * piece.ndim), piece.reshape((1,) * lead + piece.shape)
-
-    first = next(parts(), None)
-    return Pieces(dtype, _grid(shape, first[1].shape if first else shape, dtype), parts)
 
 
 def _grid(shape: Index, part: Index, dtype: np.dtype) -> Grid:

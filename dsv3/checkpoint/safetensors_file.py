@@ -56,15 +56,17 @@ class Tensor(NamedTuple):
         rest = self.shape[1:]
         shape = (stop - start, *rest) if self.shape else ()
         row = math.prod(rest) * dtype.itemsize
+        return self.read_bytes(start * row, stop * row).view(dtype).reshape(shape)
+
+    def read_bytes(self, start: int, stop: int) -> np.ndarray:
+        """Bytes `start` to `stop` of it, uint8."""
         try:
-            content = np.fromfile(
-                self.file, np.uint8, (stop - start) * row, offset=self.begin + start * row
-            )
+            content = np.fromfile(self.file, np.uint8, stop - start, offset=self.begin + start)
         except OSError as error:
             raise CheckpointError(f"{self.file} cannot be read: {error.strerror}") from error
-        if content.size != (stop - start) * row:
+        if content.size != stop - start:
             raise CheckpointError(f"{self.file} became shorter while it was read")
-        return content.view(dtype).reshape(shape)
+        return content
 
 
 class Contents(NamedTuple):

@@ -31,7 +31,7 @@ import re
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ import numpy as np
 
 from dsv3.checkpoint import arrays
 from dsv3.checkpoint.arrays import Arrays
-from dsv3.checkpoint.manifest import DamageError, Manifest, name_leaves
+from dsv3.checkpoint.manifest import DamageError, Manifest, difference, name_leaves
 from dsv3.checkpoint.pieces import Box, Pieces, content, cut
 from dsv3.errors import CheckpointError, MisfitError
 from dsv3.files import fsync_directory, fsync_tree, locked
@@ -118,10 +118,9 @@ class Store:
     def save(self, step: int, state: Any, extra: dict) -> None:
         """Commit `state`, a pytree of arrays, and `extra` (JSON-able) as `step`.
 
-        The leaves are jax arrays, sharded over any mesh, numpy arrays, or produced by pieces while
-        they are written (`pieces.cut` says how). All processes call this. Then the oldest steps
-        beyond `keep` go. A committed step is never rewritten: saving the same arrays again does
-        nothing, others are a CheckpointError, as are a full and a read-only disk.
+        The leaves are numpy arrays, or jax arrays, sharded over any mesh. All processes call this.
+        Then the oldest steps beyond `keep` go. A committed step is never rewritten: saving the same
+        arrays again does nothing, others are a CheckpointError, as are a full and a read-only disk.
         """
         leaves = {name: cut(name, leaf) for name, leaf in name_leaves(state).items()}
         text = json.dumps(extra)
@@ -143,13 +142,7 @@ class Store:
         names, shapes or dtypes, CheckpointError where only damaged ones are left, and where `step`
         is missing or damaged.
         """
-        return self.restore_what(lambda names: abstract_state, step)
-
-    def restore_what(
-        self, abstract_of: Callable[[Collection[str]], Any], step: int | None = None
-    ) -> Restored | None:
-        """`restore` for what depends on the names of the arrays that the step holds."""
-        return self._newest(lambda s: self._load(s, abstract_of), step)
+        return self._newest(lambda s: self._load(s, abstract_state), step)
 
     def read_extra(self, step: int | None = None) -> dict | None:
         """The verified `extra` of the newest step, or of `step`, without its arrays."""
@@ -194,15 +187,14 @@ class Store:
             )
         return None
 
-    def _load(self, step: int, abstract_of: Callable[[Collection[str]], Any]) -> Restored:
+    def _load(self, step: int, abstract_state: Any) -> Restored:
         path = self._path(step)
         manifest = Manifest.read(path, step)
-        abstract_state = abstract_of(manifest.arrays.keys())
         wanted = name_leaves(abstract_state)
         manifest.check_files(path, lambda i, _: i % jax.process_count() == jax.process_index())
         extra = json.loads(manifest.read_file(path, "extra.json"))
-        if difference := manifest.difference(wanted):
-            raise MisfitError(f"{path} does not fit this configuration: {difference}", extra)
+        if misfit := difference(manifest.arrays, wanted):
+            raise MisfitError(f"{path} does not fit this configuration: {misfit}", extra)
         stored = Arrays(path, manifest)
         leaves = [_place(stored, name, like) for name, like in wanted.items()]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)

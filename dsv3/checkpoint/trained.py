@@ -1,29 +1,31 @@
 """A trained model with its configuration and tokenizer: where evaluation starts.
 
-It comes from a run's workdir (config.gin, tokenizer.json and the newest sound checkpoint) or from a
-folder in the layout of the Hugging Face hub. The tokenizer is read on demand: logits need none.
+It comes from a run's workdir (config.gin, tokenizer.json and the newest sound checkpoint, or before
+the first one what was imported) or from a folder in the layout of the Hugging Face hub. The
+tokenizer is read on demand: logits need none.
 
 The model lies on the mesh of `parallel`, or on one device if nothing else is bound: `bind` makes of
 the configuration found there the one to go on with, before any weight is read.
 """
 
-import functools
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from dsv3.bindings import apply, read_bindings
-from dsv3.checkpoint import huggingface
 from dsv3.checkpoint.folder import Folder
+from dsv3.checkpoint.importing import imported
+from dsv3.checkpoint.manifest import difference, name_leaves
 from dsv3.checkpoint.store import Restored, Store
 from dsv3.cluster import Parallel
 from dsv3.config import Config
 from dsv3.data import tokenizer
-from dsv3.errors import CheckpointError, DataError, nearest
+from dsv3.errors import CheckpointError, DataError, MisfitError, nearest
 from dsv3.model.transformer import Transformer
 from dsv3.parallel import mesh as meshes
 from dsv3.parallel.mesh import on_this_platform
@@ -72,13 +74,16 @@ def from_workdir(
     config = bind(on_this_platform(apply(Config(), read_bindings(folder / "config.gin"))))
     mesh = meshes.build(config.parallel)
     store = Store(folder / "checkpoints", config.checkpoint.keep, warn)
-    restored = store.restore_what(functools.partial(_held, config, mesh))
+    restored = store.restore(state.abstract(config, mesh))
     if restored is None:
-        raise CheckpointError(f"no checkpoint in {store.directory} yet")
+        if (found := imported(folder)) is None:
+            raise CheckpointError(f"no checkpoint in {store.directory} yet")
+        if ema:
+            raise CheckpointError(f"{folder} is an import that was not trained: it has no average")
+        model = _model(found, config, mesh)
+        return Trained(config, state.on_mesh(config, model, mesh), folder)
     params = restored.state.params
     if ema:
-        if isinstance(restored.state, state.Weights):
-            raise CheckpointError(f"{folder} is an import that was not trained: it has no average")
         if restored.state.ema is None:
             raise CheckpointError(f"{folder} keeps no average: training.ema_decay = None")
         params = jax.device_put(restored.state.ema, jax.memory.Space.Device)
@@ -87,22 +92,30 @@ def from_workdir(
 
 
 def restore(config: Config, store: Store, mesh: Mesh | None = None) -> Restored | None:
-    """The newest sound state of a run, on `mesh`, by default on one device; of an import, which has
-    weights alone, the state that begins training from them."""
-    restored = store.restore_what(functools.partial(_held, config, mesh))
-    if restored is None or isinstance(restored.state, state.TrainState):
+    """The newest sound state of a run, on `mesh`, by default on one device; of an import in whose
+    workdir `store` lies and has no step yet, the state that begins training from it."""
+    restored = store.restore(state.abstract(config, mesh))
+    if restored or (found := imported(store.directory.parent)) is None:
         return restored
-    weights = restored.state
-    model = state.merge(state.graphdef(config), weights.params, weights.router_bias)
-    return replace(restored, state=state.from_model(config, model, mesh))
+    begun = state.from_model(config, _model(found, config, mesh), mesh)
+    return Restored(0, begun, _extra(found))
 
 
-def _held(
-    config: Config, mesh: Mesh | None, names: Collection[str]
-) -> state.TrainState | state.Weights:
-    """What a checkpoint with arrays of these `names` restores into."""
-    trained = any(name.startswith("moments.") for name in names)
-    return (state.abstract if trained else state.abstract_weights)(config, mesh)
+def _model(found: Folder, config: Config, mesh: Mesh | None = None) -> Transformer:
+    """The model of `config` with the parameters of an import, FP32, where training has them."""
+    begun = state.abstract(config, mesh)
+    wanted = state.merge(state.graphdef(config), begun.params, begun.router_bias)
+    leaves = name_leaves(wanted)
+    if misfit := difference(name_leaves(found.abstract), leaves):
+        raise MisfitError(f"{found.path} does not fit this configuration: {misfit}", _extra(found))
+    model = found.model(jnp.float32, lambda name, _: leaves[name].sharding)
+    return jax.tree.unflatten(jax.tree.structure(wanted), jax.tree.leaves(model))
+
+
+def _extra(found: Folder) -> dict:
+    """What a checkpoint says of a run that has read nothing yet."""
+    config = (found.path / "config.gin").read_text()
+    return {"loader": None, "sequences_read": 0, "config": config}
 
 
 def from_hf(directory: str | os.PathLike, bind: Bind = on_one_device) -> Trained:
@@ -115,7 +128,7 @@ def from_hf(directory: str | os.PathLike, bind: Bind = on_one_device) -> Trained
         sizes = meshes.sizes_of(mesh)
         return NamedSharding(mesh, meshes.place_of(config, sizes, name, shape).spec(len(shape)))
 
-    model = state.on_mesh(config, huggingface.read(found, place=place), mesh)
+    model = state.on_mesh(config, found.model(place=place), mesh)
     return Trained(config, model, Path(directory))
 
 

@@ -49,19 +49,24 @@ class Target(NamedTuple):
 class Weights:
     """The tensors of `folder`: `headers` by name without the scales, which are `scales` by weight.
 
-    `quantization` is what config.json announces. Raises CheckpointError where there are no weights,
-    only pickles, a damaged file, or an index that names a file outside the folder or a tensor that
-    its file does not hold; and where a weight in FP8 has no scales, or scales have no such weight.
+    `quantization` is what config.json announces, `nbytes` the size of all files. Raises
+    CheckpointError where there are no weights, only pickles, a damaged file, or an index that names
+    a file outside the folder or a tensor that its file does not hold; and where a weight in FP8 has
+    no scales, or scales have no such weight.
     """
 
     def __init__(self, folder: Path, quantization: Quantization | None):
         self.folder = folder
         self.quantization = quantization
+        self.nbytes = 0
         self._pool = ThreadPoolExecutor()
         index = _read_index(folder)
         found: dict[str, Tensor] = {}
         for file in sorted(set(index.values())) or [SINGLE]:
-            for name, tensor in read_header(inside(folder, file)).tensors.items():
+            path = inside(folder, file)
+            tensors = read_header(path).tensors
+            self.nbytes += path.stat().st_size
+            for name, tensor in tensors.items():
                 if name in found:
                     files = f"{found[name].file.name} and in {file}"
                     raise CheckpointError(f"{folder}: {name} stands in {files}")
@@ -69,6 +74,7 @@ class Weights:
         for name, file in index.items():
             if name not in found or found[name].file.name != file:
                 raise CheckpointError(f"{folder / INDEX} places {name} in {file}, which lacks it")
+        self._tensors = found
         self.headers = {n: t for n, t in found.items() if not n.endswith(hub.SCALES)}
         self.scales = {
             n.removesuffix(hub.SCALES): t for n, t in found.items() if n.endswith(hub.SCALES)
@@ -110,13 +116,44 @@ class Weights:
         """The FP32 scales of a weight in FP8; CheckpointError unless all are positive,
         neither subnormal nor so large that 448 times it is no FP32 number."""
         scales = self.scales[name].read()
-        if not np.all(usable(scales)):
-            wrong = scales[~usable(scales)][0]
-            fault = "no usable scale" if 0 < wrong < np.inf else "no positive number"
-            raise CheckpointError(
-                f"{self.scales[name].file}: {hub.scale_of(name)} holds {wrong}, {fault}"
-            )
+        self._require_numbers(hub.scale_of(name), scales)
         return scales
+
+    def stored(self, name: str) -> Iterator[np.ndarray]:
+        """The bytes of a tensor, or of scales by their own name, in chunks. Raises CheckpointError
+        for NaN in FP8, for scales that are not usable and for what cannot be read."""
+        tensor = self._tensors[name]
+        for start in range(0, tensor.nbytes, CHUNK_BYTES):
+            part = tensor.read_bytes(start, min(start + CHUNK_BYTES, tensor.nbytes))
+            if name.endswith(hub.SCALES):
+                self._require_numbers(name, part.view(np.float32))
+            elif tensor.dtype == FP8:
+                self._require_numbers(name, part)
+            yield part
+
+    def files(self) -> dict[str, Iterator[np.ndarray]]:
+        """Every file of weights by name, as its bytes in chunks, checked as those of `stored`."""
+        names: dict[Path, list[str]] = {}
+        for name in sorted(self._tensors, key=lambda name: self._tensors[name].begin):
+            names.setdefault(self._tensors[name].file, []).append(name)
+        return {file.name: self._file(within) for file, within in sorted(names.items())}
+
+    def _file(self, names: list[str]) -> Iterator[np.ndarray]:
+        first = self._tensors[names[0]]
+        yield first.read_bytes(-first.begin, 0)
+        for name in names:
+            yield from self.stored(name)
+
+    def _require_numbers(self, name: str, part: np.ndarray) -> None:
+        """CheckpointError unless these scales, or codes of E4M3, are what may be multiplied."""
+        file = self._tensors[name].file
+        if part.dtype == np.uint8:
+            if np.any((part & 0x7F) == 0x7F):
+                raise CheckpointError(f"{file}: {name} holds NaN")
+        elif not np.all(usable(part)):
+            wrong = part[~usable(part)][0]
+            fault = "no usable scale" if 0 < wrong < np.inf else "no positive number"
+            raise CheckpointError(f"{file}: {name} holds {wrong}, {fault}")
 
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, FP8 dequantised to FP32, others as they are stored."""
@@ -176,8 +213,7 @@ class Weights:
     def _fill_dequantised(self, chunk: Target, stored: np.ndarray) -> None:
         assert self.quantization is not None
         code = stored.view(np.uint8)
-        if np.any((code & 0x7F) == 0x7F):
-            raise CheckpointError(f"{self.headers[chunk.tensor].file}: {chunk.tensor} holds NaN")
+        self._require_numbers(chunk.tensor, code)
         rows, columns = self.quantization.block
         scales = self.read_scales(chunk.tensor)
         of_row = scales[np.arange(chunk.rows.start, chunk.rows.stop) // rows]

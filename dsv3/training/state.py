@@ -38,15 +38,6 @@ class TrainState:
     behind: Array | None = None  # bool: `ema` lacks the last step, see `average`; None: it has all
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Weights:
-    """What a model computes with: all that the checkpoint of an import holds."""
-
-    params: nnx.State  # FP32 masters
-    router_bias: nnx.State
-
-
 def split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Static structure, trainable parameters, router biases."""
     graph, params, router_bias = nnx.split(model, nnx.Param, RouterBias, graph=False)
@@ -94,12 +85,6 @@ def abstract(config: Config, mesh: Mesh | None = None) -> TrainState:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         _shapes(config), placement(config, mesh),
     )  # fmt: skip
-
-
-def abstract_weights(config: Config, mesh: Mesh | None = None) -> Weights:
-    """Shapes, dtypes and placement of an import's checkpoint."""
-    state = abstract(config, mesh)
-    return Weights(state.params, state.router_bias)
 
 
 def placement(config: Config, mesh: Mesh) -> TrainState:

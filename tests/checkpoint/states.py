@@ -1,7 +1,5 @@
 """States to save, what must be true of them when restored, and a call that fails."""
 
-import weakref
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,24 +38,3 @@ def fails(error):
         raise error
 
     return fail
-
-
-class Produced:
-    """An array that exists by pieces; `alive` is how many there ever were at once."""
-
-    def __init__(self, array, lead, order=1):
-        self.shape, self.dtype, self.alive = array.shape, array.dtype, 0
-        self.array, self.lead, self.order, self.seen = array, lead, order, weakref.WeakSet()
-
-    def pieces(self):
-        for index in list(np.ndindex(*self.shape[: self.lead]))[:: self.order]:
-            piece = self.array[index].copy().view(Watched)
-            self.seen.add(piece)
-            self.alive = max(self.alive, len(self.seen))
-            yield index, piece
-
-
-class Watched(np.ndarray):
-    """An array that a weak set can hold."""
-
-    __hash__ = object.__hash__

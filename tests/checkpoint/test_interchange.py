@@ -14,13 +14,13 @@ import pytest
 
 import train
 from dsv3.checkpoint import exporting, huggingface
-from dsv3.checkpoint.importing import SCALES, SUM
+from dsv3.checkpoint.importing import HUB
 from dsv3.checkpoint.safetensors_file import read_header
 from dsv3.checkpoint.store import Store
 from dsv3.checkpoint.trained import from_workdir, restore
 from dsv3.checkpoint.weights import INDEX
 from dsv3.data.tokenizer import SPECIAL_TOKENS, ready_made
-from dsv3.errors import CheckpointError
+from dsv3.errors import CheckpointError, MisfitError
 from dsv3.parallel.mesh import on_this_platform
 from dsv3.training import state
 from tests.checkpoint.folders import (
@@ -29,6 +29,7 @@ from tests.checkpoint.folders import (
     edit_config,
     edit_tensors,
     refusal,
+    rewrite,
     stored,
 )
 from tests.checkpoint.states import fails
@@ -105,20 +106,49 @@ def test_import_and_export_and_import_is_bit_exact(tmp_path, case, how):
     jax.tree.map(np.testing.assert_array_equal, one.model, other.model)
 
 
-@pytest.mark.parametrize("file", [SCALES, SUM])
-def test_a_flipped_bit_in_the_scales_of_an_import_is_found(tmp_path, capsys, file):
-    file = imported(GOLDEN / "fp8", tmp_path) / file
-    sound = file.read_bytes()
-    for place in (0, len(sound) // 3, len(sound) - 1):
-        harmed = bytearray(sound)
-        harmed[place] ^= 128
-        file.write_bytes(harmed)
-        with pytest.raises(CheckpointError, match=f"{SCALES} is damaged"):
-            exporting.of_workdir(file.parent, pytest.fail)
-    file.unlink()
-    with pytest.raises(SystemExit):
-        run("export", "--workdir", file.parent, "--out", tmp_path / "out", "--fp8")
-    assert f"{file} cannot be read: No such file" in capsys.readouterr().err
+def test_an_import_has_the_files_as_they_came(tmp_path):
+    workdir = imported(GOLDEN / "fp8", tmp_path)
+    for file in (GOLDEN / "fp8").iterdir():
+        assert (workdir / HUB / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_flipped_bit_in_an_import_is_found_by_whoever_reads_it(tmp_path):
+    workdir = imported(GOLDEN / "fp8", tmp_path)
+    store = Store(workdir / "checkpoints", 3, pytest.fail)
+    for file in (workdir / HUB).iterdir():
+        sound = file.read_bytes()
+        for place in (0, len(sound) // 3, len(sound) - 1):
+            harmed = bytearray(sound)
+            harmed[place] ^= 128
+            file.write_bytes(harmed)
+            for read in (
+                lambda: exporting.of_workdir(workdir, pytest.fail),
+                lambda: from_workdir(workdir, pytest.fail),
+                lambda: restore(on_this_platform(huggingface.load(GOLDEN / "fp8")[0]), store),
+            ):
+                with pytest.raises(CheckpointError, match=r"hub is damaged: .*; import it again"):
+                    read()
+        file.write_bytes(sound)
+    (workdir / HUB / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=f"hub is damaged: {INDEX} is missing"):
+        from_workdir(workdir, pytest.fail)
+
+
+DOWN = "model.layers.1.mlp.experts.0.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (lambda t: t[DOWN].view(np.uint8).__setitem__((3, 5), 0xFF), f"{DOWN} holds NaN"),
+        (lambda t: t[f"{DOWN}_scale_inv"].fill(0), f"{DOWN}_scale_inv holds 0.0, no positive"),
+    ],
+)
+def test_numbers_that_are_none_are_not_imported(fp8_folder, tmp_path, edit, fault):
+    rewrite(fp8_folder, edit)
+    with pytest.raises(CheckpointError, match=fault):
+        huggingface.import_checkpoint(fp8_folder, tmp_path / "workdir")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_files_are_as_large_as_allowed_and_indexed(tmp_path):
@@ -138,19 +168,27 @@ def test_files_are_as_large_as_allowed_and_indexed(tmp_path):
     huggingface.load(out)
 
 
-def test_an_import_holds_weights_alone_and_training_begins_from_them(tmp_path):
+def test_training_begins_from_an_import(tmp_path):
     workdir = imported(GOLDEN / "groups", tmp_path)
     trained = from_workdir(workdir, pytest.fail)
     store = Store(workdir / "checkpoints", 3, pytest.fail)
-    names = store.open().shapes
-    assert {name.partition(".")[0] for name in names} == {"params", "router_bias"}
-    begun = restore(trained.config, store).state
+    begun = restore(trained.config, store)
+    assert begun.step == 0 and begun.extra["loader"] is None
     fresh = state.from_model(trained.config, trained.model)
-    assert jax.tree.structure(begun) == jax.tree.structure(fresh)
-    jax.tree.map(np.testing.assert_array_equal, begun, fresh)
-    store.save(7, begun, {})
+    assert jax.tree.structure(begun.state) == jax.tree.structure(fresh)
+    jax.tree.map(np.testing.assert_array_equal, begun.state, fresh)
+    store.save(7, begun.state, {})
     assert restore(trained.config, store).step == 7
-    jax.tree.map(np.testing.assert_array_equal, restore(trained.config, store).state, begun)
+    jax.tree.map(np.testing.assert_array_equal, restore(trained.config, store).state, begun.state)
+
+
+def test_an_import_of_another_model_is_named(tmp_path):
+    workdir = imported(GOLDEN / "groups", tmp_path)
+    text = (workdir / "config.gin").read_text()
+    (workdir / "config.gin").write_text(f"{text}model.width = 48\n")
+    with pytest.raises(MisfitError, match=r"hub does not fit this configuration: \w") as raised:
+        from_workdir(workdir, pytest.fail)
+    assert raised.value.extra["config"] == text
 
 
 def test_the_average_is_exported_where_there_is_one(tmp_path, capsys):

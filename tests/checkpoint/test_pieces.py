@@ -14,7 +14,7 @@ from dsv3.checkpoint.manifest import DamageError, Manifest
 from dsv3.checkpoint.pieces import GOLDEN, MIX, Grid, cut, fingerprint
 from dsv3.checkpoint.store import Store
 from dsv3.errors import CheckpointError
-from tests.checkpoint.states import Produced, assert_same_bits
+from tests.checkpoint.states import assert_same_bits
 
 DTYPES = ("bool", "int8", "bfloat16", "float8_e4m3fn", "float32", "int64", "complex128")
 
@@ -114,56 +114,25 @@ def test_chunks_are_small_and_end_where_parts_do(monkeypatch, part, chunk):
     assert all(n % c == 0 for n, c, s in zip(part, grid.chunk, shape, strict=True) if n != s)
 
 
-class TestProduced:
-    def test_is_saved_by_pieces_and_read_by_pieces(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(pieces, "CHUNK_BYTES", 400)
-        monkeypatch.setattr(arrays, "BATCH", 2000)
-        w, v = bits((6, 5, 10, 9), "float32", 0), bits((7,), "bfloat16", 1)
-        state = {"w": Produced(w, 2, order=-1), "v": Produced(v, 0), "u": Produced(w[0], 1)}
-        store = Store(tmp_path, 3, pytest.fail)
-        store.save(1, state, {"from": "elsewhere"})
-        assert state["w"].alive < 20
-        reader = store.open()
-        assert (reader.step, reader.extra) == (1, {"from": "elsewhere"})
-        assert reader.shapes["w"] == (w.shape, w.dtype) and reader.shapes["v"] == (v.shape, v.dtype)
-        for index in [(), (5,), (0, 4), (3, 2, 9), (1, 1, 1, 1)]:
-            assert_same_bits(reader.read("w", index), w[index])
-        assert_same_bits(store.restore({"w": w, "v": v, "u": w[0]}).state["w"], jnp.asarray(w))
-        store.save(1, {"w": w, "v": v, "u": w[0]}, {})  # the same, not produced
+def test_arrays_are_read_by_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(arrays, "BATCH", 2000)
+    w, v = bits((6, 5, 10, 9), "float32", 0), bits((7,), "bfloat16", 1)
+    store = Store(tmp_path, 3, pytest.fail)
+    store.save(1, {"w": w, "v": v}, {"from": "elsewhere"})
+    reader = store.open()
+    assert (reader.step, reader.extra) == (1, {"from": "elsewhere"})
+    assert reader.shapes["w"] == (w.shape, w.dtype) and reader.shapes["v"] == (v.shape, v.dtype)
+    for index in [(), (5,), (0, 4), (3, 2, 9), (1, 1, 1, 1)]:
+        assert_same_bits(reader.read("w", index), w[index])
+    assert_same_bits(store.restore({"w": w, "v": v}).state["w"], jnp.asarray(w))
 
-    def test_is_an_orbax_checkpoint(self, tmp_path):
-        w = bits((6, 5), "bfloat16", 0)
-        Store(tmp_path, 3, pytest.fail).save(1, {"w": Produced(w, 1), "n": np.int32(3)}, {})
-        found = ocp.PyTreeCheckpointHandler().restore(tmp_path / "step-1" / "arrays")
-        assert_same_bits(found, {"w": w, "n": np.int32(3)})
 
-    @pytest.mark.parametrize(
-        ("given", "reason"),
-        [
-            ([((0,), np.zeros(3))], "1 of 2 chunks of w"),
-            ([((0,), np.zeros(3)), ((0,), np.zeros(3))], "two pieces"),
-            ([((0,), np.zeros(3)), ((1,), np.zeros(4))], "has the shape"),
-            ([((0,), np.zeros(3)), ((1,), np.zeros(3, np.float32))], "is float32"),
-            ([], "0 of 1 chunks of w"),
-        ],
-    )
-    def test_pieces_that_do_not_tile(self, tmp_path, monkeypatch, given, reason):
-        leaf = Produced(np.zeros((2, 3)), 1)
-        monkeypatch.setattr(leaf, "pieces", lambda: iter(given), raising=False)
-        store = Store(tmp_path, 3, pytest.fail)
-        with pytest.raises((ValueError, TypeError), match=reason):
-            store.save(1, {"w": leaf}, {})
-        assert store.steps() == []
-
-    def test_an_error_of_the_producer_is_kept(self, tmp_path):
-        def broken():
-            yield (0,), np.zeros(3)
-            raise CheckpointError("model-2.safetensors is truncated")
-
-        leaf = Produced(np.zeros((2, 3)), 1)
-        leaf.pieces = broken
-        with pytest.raises(CheckpointError, match="truncated"):
-            Store(tmp_path, 3, pytest.fail).save(1, {"w": leaf}, {})
+def test_arrays_are_an_orbax_checkpoint(tmp_path):
+    w = bits((6, 5), "bfloat16", 0)
+    Store(tmp_path, 3, pytest.fail).save(1, {"w": w, "n": np.int32(3)}, {})
+    found = ocp.PyTreeCheckpointHandler().restore(tmp_path / "step-1" / "arrays")
+    assert_same_bits(found, {"w": w, "n": np.int32(3)})
 
 
 def test_a_reader_finds_damage_when_it_gets_there(tmp_path):

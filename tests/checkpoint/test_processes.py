@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dsv3.checkpoint import huggingface
 from dsv3.checkpoint.store import Store
+from tests.checkpoint.folders import GOLDEN
 from tests.checkpoint.states import assert_same_bits
 from tests.checkpoint.worker import restore_elsewhere, whole
 from tests.processes import PATIENCE, free_port, outputs, running
@@ -23,13 +25,16 @@ def workers(processes, devices, directory, *scenarios):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("together") / "checkpoints"
+    directory = tmp_path_factory.mktemp("together")
+    huggingface.import_checkpoint(GOLDEN / "fp8", directory / "imported")
+    return directory / "checkpoints"
 
 
 @pytest.fixture(scope="module")
 def said(directory):
     """What two processes of two devices printed, line by line."""
-    with workers(2, 2, directory, "save_and_restore", "fail_in_one") as begun:
+    scenarios = "save_and_restore", "begin_from_an_import", "fail_in_one"
+    with workers(2, 2, directory, *scenarios) as begun:
         found = outputs(begun)
     assert [lines[-1:] for lines in found] == [["done"], ["done"]], found
     return found
@@ -45,14 +50,20 @@ def test_two_processes_save_what_any_mesh_restores(said, directory):
     restore_elsewhere(directory)
 
 
+def test_an_import_is_restored_by_all_or_none(said):
+    for lines in said:
+        [line] = [line for line in lines if line.startswith("import ")]
+        assert line.startswith("import CheckpointError") and "hub is damaged: config.json" in line
+
+
 def test_the_error_of_one_is_that_of_all(said, directory):
     for lines in said:
         step = directory / "step-4"
         assert f"CheckpointError {step} cannot be saved: No such file or directory" in lines
         assert "restored 1" in lines
-    warnings = [line for line in said[0] if "is damaged" in line]
+    warnings = [line for line in said[0] if "set aside" in line]
     assert [("extra.json" in w, "ocdbt.process_1/d" in w) for w in warnings] == [(1, 0), (0, 1)]
-    assert not [line for line in said[1] if "is damaged" in line]
+    assert not [line for line in said[1] if "set aside" in line]
     assert sorted(os.listdir(directory)) == ["damaged-2-1", "damaged-3-1", "step-1"]
 
 

@@ -8,14 +8,21 @@ Prints a line for each thing that held, as seen by this process, and `done` at t
 import os
 import signal
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from dsv3.checkpoint import arrays
+from dsv3.checkpoint import arrays, huggingface
+from dsv3.checkpoint.importing import HUB
 from dsv3.checkpoint.store import Store
+from dsv3.checkpoint.trained import restore
+from dsv3.cluster import Parallel
 from dsv3.errors import UserError
-from tests.checkpoint.states import Produced, assert_same_bits
+from dsv3.parallel import mesh as meshes
+from dsv3.training import state
+from tests.checkpoint.states import assert_same_bits
 
 
 def whole(step):
@@ -83,7 +90,26 @@ def save_and_restore(directory):
     assert_restored(restored.state, 2, ONE)
     print("chunks read", read.count("rows"), read.count("columns"), read.count("everywhere"))
     assert_restored(store.restore(abstract(OTHER)).state, 2, OTHER)
-    store.save(3, {"w": Produced(whole(3)["both"], 1), "n": np.int32(3)}, {})
+    store.save(3, {"w": whole(3)["both"], "n": np.int32(3)}, {})
+
+
+def begin_from_an_import(directory):
+    """Each process hashes its share and reads what its devices hold; damage is damage for all."""
+    workdir = Path(directory).parent / "imported"
+    config, plain = huggingface.load(workdir / HUB, "float32")
+    config = replace(config, parallel=Parallel(replica=None))
+    mesh, store = meshes.build(config.parallel), Store(workdir / "checkpoints", 5, print)
+    begun = restore(config, store, mesh).state
+    here = state.placement(config, mesh)
+    assert jax.tree.map(lambda leaf: leaf.sharding, begun) == here
+    for found, wanted in zip(
+        jax.tree.leaves(begun.params), jax.tree.leaves(state.split(plain)[1]), strict=True
+    ):
+        for shard in found.addressable_shards:
+            assert_same_bits(np.asarray(shard.data), np.asarray(wanted)[shard.index])
+    if jax.process_index() == 0:
+        (workdir / HUB / "config.json").write_text("{}")  # the second file: process 1 looks at it
+    print("import", *raised(restore, config, store, mesh))
 
 
 def fail_in_one(directory):
