@@ -101,9 +101,13 @@ class LatentCache:
     ) -> "LatentCache":
         """With T more of the sequences `row_B` written, each at its own positions within [0, S).
 
-        A place may be written twice with the same. (So it is for a single token: XLA turns a
-        scatter to one place into a selection that copies the whole array.)
+        A single token is written twice: XLA turns a scatter to one place into a selection that
+        copies the whole array.
         """
+        if position_BT.size == 1:
+            row_B, position_BT, c_BTC, k_rope_BTR = (
+                jnp.repeat(x, 2, axis=0) for x in (row_B, position_BT, c_BTC, k_rope_BTR)
+            )
         packed = FORMS[self.form].pack(c_BTC, k_rope_BTR)
         return self._with(
             whole.at[layer, row_B[:, None], position_BT].set(part, mode="promise_in_bounds")

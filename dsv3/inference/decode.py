@@ -12,6 +12,9 @@ and without drafts, J = 0, it is plain decoding. Rows of a batch keep different 
 undone, since what lies behind a row's end in buffer and caches is masked and then overwritten.
 Rows that ended go through the motions, past the experts, and do not grow.
 
+XLA may leave out the rounding of an intermediate result to BF16 where it fuses what follows, so two
+programs that do the same would differ. Not here: drafts must change no token (`forward`).
+
 A draw's key comes from the seed, the row, the position and its purpose. So a row gets the same
 tokens whatever stands beside it, and in whatever portions `advance` is called.
 
@@ -43,6 +46,7 @@ from dsv3.parallel.dispatch import count
 from dsv3.parallel.shard import Shard
 
 TOKEN, DRAFT, ACCEPT = range(3)  # purposes of a draw
+AS_WRITTEN = {"xla_allow_excess_precision": False}
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def _lies(shard: Shard) -> State:
     return State(**rows | {"cache": jax.P(None, *shard.rows)})
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "prompt"))
+@functools.partial(jax.jit, static_argnames=("plan", "prompt"), compiler_options=AS_WRITTEN)
 def begin(
     plan: Plan, model: Transformer, tokens_BS: Array, length_B: Array, seed: Array, prompt: int
 ) -> State:
@@ -90,7 +94,9 @@ def begin(
     return here(model, tokens_BS, length_B, seed)
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames="plan", donate_argnames="state", compiler_options=AS_WRITTEN
+)
 def advance(
     plan: Plan, model: Transformer, state: State, limit_B: Array, stop: Array, seed: Array,
     steps: Array,

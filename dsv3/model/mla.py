@@ -136,19 +136,21 @@ def absorbed_attention(
     `keys` holds `length` positions, a power of two, of which those up to the largest of
     `position_BT` are read: in blocks, softmax and sums in FP32 and rescaled to the running maximum.
     What lies beyond a query's own position adds exactly nothing, however long its neighbours are.
+    Each of the few positions is multiplied on its own, which rounds alike for any number of them.
     """
     block = min(KEY_BLOCK, length)
 
     def over(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         largest_BTN1, sum_BTN1, z_BTNC = carry
         c_BsC, k_rope_BsR = keys(index * block, block)
-        s_BTNs = _summed("btnc,bsc->btns", q_BTNC, c_BsC)
-        s_BTNs = (s_BTNs + _summed("btnr,bsr->btns", q_BTNR, k_rope_BsR)) * scale
+        s_BTNs = _each_position("bnc,bsc->bns", q_BTNC, c_BsC)
+        s_BTNs = (s_BTNs + _each_position("bnr,bsr->bns", q_BTNR, k_rope_BsR)) * scale
         visible_BTs = (index * block + jnp.arange(block))[None, None] <= position_BT[:, :, None]
         s_BTNs = jnp.where(visible_BTs[:, :, None, :], s_BTNs, -jnp.inf)
         now_BTN1 = jnp.maximum(largest_BTN1, s_BTNs.max(axis=-1, keepdims=True))
         p_BTNs, kept_BTN1 = jnp.exp(s_BTNs - now_BTN1), jnp.exp(largest_BTN1 - now_BTN1)
-        z_BTNC = z_BTNC * kept_BTN1 + _summed("btns,bsc->btnc", p_BTNs.astype(c_BsC.dtype), c_BsC)
+        z_BTNC *= kept_BTN1
+        z_BTNC += _each_position("bns,bsc->bnc", p_BTNs.astype(c_BsC.dtype), c_BsC)
         return now_BTN1, sum_BTN1 * kept_BTN1 + p_BTNs.sum(axis=-1, keepdims=True), z_BTNC
 
     one_BTN1 = jnp.zeros((*q_BTNC.shape[:3], 1), jnp.float32)
@@ -159,6 +161,10 @@ def absorbed_attention(
         blocks = jnp.max(position_BT) // block + 1
         _, sum_BTN1, z_BTNC = lax.fori_loop(0, blocks, over, start)
     return (z_BTNC / sum_BTN1).astype(q_BTNC.dtype)
+
+
+def _each_position(equation: str, x_BT: Array, y: Array) -> Array:
+    return jnp.stack([_summed(equation, x, y) for x in x_BT.swapaxes(0, 1)], axis=1)
 
 
 def _summed(equation: str, x: Array, y: Array) -> Array:
