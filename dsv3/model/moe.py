@@ -22,7 +22,7 @@ from dsv3.numerics.rule import DotRule
 from dsv3.parallel.dispatch import combine, dispatch, dispatch_gates, layout_of
 from dsv3.parallel.shard import ALONE, Shard
 
-MIN_BLOCK = 4  # rows: blocks are no longer than an expert can have tokens, rounded up to this
+MIN_BLOCK = 4  # rows: blocks for fewer tokens than a whole one are multiples of this
 
 
 @recomputed
@@ -60,8 +60,11 @@ def experts_here(
 ) -> Array:
     """y_XD: for each token the sum over its experts, all of `weights`; see `exchange`."""
     gate_EDM, up_EDM, down_EMD = weights
-    block = min(block, -(-u_XD.shape[0] // MIN_BLOCK) * MIN_BLOCK)
-    layout = layout_of(experts_XK, gate_EDM.shape[0], block, most)
+    tokens, experts = u_XD.shape[0], gate_EDM.shape[0]
+    if tokens < block:  # so decoding: as long as an expert's even share
+        share = experts_XK.size // experts + 1
+        block = min(block, -(-share // MIN_BLOCK) * MIN_BLOCK)
+    layout = layout_of(experts_XK, experts, block, most)
     layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
     x_PD = save_as("dispatch", dispatch(dot.wire, u_XD, layout))
     both_PN = dot.after_dispatch.grouped(x_PD, (gate_EDM, up_EDM), layout.expert_Z)
