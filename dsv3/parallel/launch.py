@@ -184,6 +184,7 @@ def _supervise(place: Place, seconds: int) -> None:
     parent, child = os.getpid(), os.fork()
     if not child:
         os.setpgid(0, 0)  # a terminal's Ctrl-C comes once, through the parent
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
         with contextlib.suppress(AttributeError):  # not Linux
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

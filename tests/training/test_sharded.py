@@ -189,7 +189,7 @@ def test_a_batch_wise_balance_loss_is_the_whole_batch_s():
     ("parallel", "named"),
     [
         ({"replica": 3, "local": 2}, "parallel.replica = 3"),
-        ({"replica": None, "pipe": 16}, "parallel.replica"),
+        ({"replica": None, "pipe": 16}, "parallel.pipe = 16"),
         ({"local": 3}, "parallel.local = 3"),
         ({"node": 8, "transport": "node_limited"}, "model.moe.groups = 4"),
         ({"parameters": "fsdp"}, "model.remat"),
