@@ -35,6 +35,7 @@ from dsv3.files import appearing
 from dsv3.parallel.processes import together
 
 HUB = "hub"
+MARK = "IMPORTED"
 _SMALL = 1 << 20  # bytes of a file that is looked at where the weights are not wanted
 Progress = Callable[[str, int, int | None], None]  # what, done, in all
 
@@ -62,6 +63,7 @@ def import_checkpoint(
         for name in ("config.json", INDEX):
             if (folder / name).exists():
                 shutil.copyfile(folder / name, making / HUB / name)
+        (making / MARK).write_text(f"{HUB}/ is what this run begins with, until it has a step\n")
         hashed = _copy_weights(found, making / HUB, progress)
         Manifest.of(making / HUB, 0, {}, known=hashed).write(making / HUB)
     return config
@@ -70,10 +72,13 @@ def import_checkpoint(
 def imported(workdir: Path, *, weights: bool = True) -> Folder | None:
     """What was imported into `workdir`, None for a run that began otherwise.
 
-    Every process hashes its share of the files, or without `weights` the small ones only. Raises
-    CheckpointError in all of them where one is not what it was.
+    Every process hashes its share of the files, or without `weights`, once a run goes on from
+    others, the small ones only. Raises CheckpointError in all of them where one is not what it was.
     """
     hub = workdir / HUB
+    remedy = (
+        "import it into a new workdir" if weights else "restore it, or do without it: delete it"
+    )
 
     def share(number: int, size: int) -> bool:
         mine = number % jax.process_count() == jax.process_index()
@@ -81,11 +86,13 @@ def imported(workdir: Path, *, weights: bool = True) -> Folder | None:
 
     with together(CheckpointError):
         if not hub.exists():
+            if weights and (workdir / MARK).exists():
+                raise CheckpointError(f"{hub} is gone, with which this run begins; {remedy}")
             return None
         try:
             Manifest.read(hub, 0).check_files(hub, share)
         except DamageError as damage:
-            raise CheckpointError(f"{hub} is damaged: {damage}; import it again") from damage
+            raise CheckpointError(f"{hub} is damaged: {damage}; {remedy}") from damage
         return Folder(hub, copied=True)
 
 

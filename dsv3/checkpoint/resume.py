@@ -82,6 +82,11 @@ def misfit(config: Config, mesh: Mesh, store: Store, error: MisfitError) -> str:
         return str(error)
     shown = [f"{p} is {there.get(p, 'absent')!r} in it and {here.get(p, 'absent')!r} here"
              for p in fields[:4]]  # fmt: skip
+    if error.extra["loader"] is None:
+        own = f"--bindings {store.directory.parent / 'config.gin'}"
+        return (
+            f"what was imported is of another configuration: {'; '.join(shown)}; {own} is its own"
+        )
     return f"{store.directory} is of another configuration: {'; '.join(shown)}"
 
 

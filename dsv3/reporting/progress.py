@@ -44,6 +44,8 @@ class TrainingProgress:
         step, now = row["step"], time.perf_counter()
         self._start = self._start or (step, now)
         text = f"step {step:>{len(str(self._total))}}/{self._total} · loss {row['loss']:.4f}"
+        if row.get("skipped_in_a_row"):
+            text += " · refused"
         if "tokens_per_second" in row:
             text += f" · {row['tokens_per_second']:,.0f} tokens/s"
         if step > self._start[0]:

@@ -15,7 +15,7 @@ from dsv3.reporting.lines import encoded
 from dsv3.reporting.metrics import METRICS, read_metrics
 from dsv3.sweeps import Run
 
-COLUMNS = ("step", "loss", "loss_main", "max_violation", "tokens_per_second")
+COLUMNS = ("step", "skipped", "loss", "loss_main", "max_violation", "tokens_per_second")
 COUNTERS = ("step", "tokens", "skipped")
 
 Row = tuple[Run, Mapping[str, Any]]  # a run and what it ended with, by name

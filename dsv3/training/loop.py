@@ -131,7 +131,7 @@ class Run:
         if row["skipped_in_a_row"] >= limit:
             raise TrainingError(
                 f"{limit} steps in a row after step {row['step']} had a non-finite loss or "
-                f"gradient (training.max_bad_steps); the last checkpoint is intact"
+                f"gradient (training.max_bad_steps); a checkpoint from before them is intact"
             )
 
 

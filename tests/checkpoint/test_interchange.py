@@ -126,12 +126,15 @@ def test_a_flipped_bit_in_an_import_is_found_by_whoever_reads_it(tmp_path):
                 lambda: from_workdir(workdir, pytest.fail),
                 lambda: restore(on_this_platform(huggingface.load(GOLDEN / "fp8")[0]), store),
             ):
-                with pytest.raises(CheckpointError, match=r"hub is damaged: .*; import it again"):
+                with pytest.raises(CheckpointError, match=r"hub is damaged: .*; import it into"):
                     read()
         file.write_bytes(sound)
     (workdir / HUB / INDEX).unlink()
     with pytest.raises(CheckpointError, match=f"hub is damaged: {INDEX} is missing"):
         from_workdir(workdir, pytest.fail)
+    shutil.rmtree(workdir / HUB)
+    with pytest.raises(CheckpointError, match="hub is gone, with which this run begins"):
+        restore(on_this_platform(huggingface.load(GOLDEN / "fp8")[0]), store)
 
 
 DOWN = "model.layers.1.mlp.experts.0.down_proj.weight"
