@@ -1,4 +1,4 @@
-"""The step goes to platforms that are not here: it lowers for a TPU, nothing of it being a GPU's."""
+"""The step goes to platforms that are not here: it lowers for a TPU."""
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ def test_the_step_lowers_for_a_tpu(bindings, multiplied):
     mesh = meshes.build(config.parallel)
     state = operands(train_state.abstract(config, mesh), jax.ShapeDtypeStruct((), bool))
     tokens = jax.ShapeDtypeStruct((8, config.training.sequence_length + 1), jnp.int32)
-    text = jitted_step(config, mesh).trace(*state, tokens).lower(lowering_platforms=("tpu",)).as_text()
+    traced = jitted_step(config, mesh).trace(*state, tokens)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "stablehlo.dot_general" in text and multiplied in text
     assert "mosaic_gpu" not in text and "cudnn" not in text
