@@ -31,12 +31,7 @@ from dsv3.config import Config
 from dsv3.data.loader import Loader
 from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.progress import progress_bars
-from dsv3.errors import (
-    DataError,
-    TrainingError,
-    UserError,
-    exits_cleanly,
-)
+from dsv3.errors import DataError, TrainingError, UserError, exits_cleanly
 from dsv3.evaluation.closing import closing_report
 from dsv3.files import exclusive, write_atomically
 from dsv3.host import keep_freed_memory
@@ -57,6 +52,7 @@ from dsv3.training.loop import Run, StopRequest
 from dsv3.training.schedules import steps_to_end
 from dsv3.training.step import make_step
 
+# What a run writes at the top of its workdir, and a foreign folder may hold as well.
 WRITTEN = ("config.gin", "tokenizer.json", "metrics.jsonl", "loads.jsonl", "results.json")
 OF_A_HOST = ("data.cache", "data.corpus")  # where it keeps what all have alike
 

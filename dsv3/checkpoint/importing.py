@@ -14,6 +14,7 @@ Every chunk is read once; while it is hashed and written, the next is read and l
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from dsv3.checkpoint.weights import INDEX
 from dsv3.config import Config
 from dsv3.errors import CheckpointError
 from dsv3.files import appearing
-from dsv3.parallel.processes import together
+from dsv3.parallel.processes import exchange, together
 
 HUB = "hub"
 MARK = "IMPORTED"
@@ -84,8 +85,9 @@ def imported(workdir: Path, *, weights: bool = True) -> Folder | None:
         mine = number % jax.process_count() == jax.process_index()
         return mine if weights else size <= _SMALL
 
+    there = json.loads(exchange(json.dumps(hub.exists()))[0])  # a shared disk may show others less
     with together(CheckpointError):
-        if not hub.exists():
+        if not there:
             if weights and (workdir / MARK).exists():
                 raise CheckpointError(f"{hub} is gone, with which this run begins; {remedy}")
             return None

@@ -82,12 +82,11 @@ def misfit(config: Config, mesh: Mesh, store: Store, error: MisfitError) -> str:
         return str(error)
     shown = [f"{p} is {there.get(p, 'absent')!r} in it and {here.get(p, 'absent')!r} here"
              for p in fields[:4]]  # fmt: skip
+    where, remedy = str(store.directory), ""
     if error.extra["loader"] is None:
-        own = f"--bindings {store.directory.parent / 'config.gin'}"
-        return (
-            f"what was imported is of another configuration: {'; '.join(shown)}; {own} is its own"
-        )
-    return f"{store.directory} is of another configuration: {'; '.join(shown)}"
+        own = store.directory.parent / "config.gin"
+        where, remedy = "what was imported", f"; --bindings {own} is its own"
+    return f"{where} is of another configuration: {'; '.join(shown)}{remedy}"
 
 
 def arrays_of(config: Config, mesh: Mesh) -> dict[str, tuple]:

@@ -121,7 +121,7 @@ def _extra(found: Folder) -> dict:
 def from_hf(directory: str | os.PathLike, bind: Bind = on_one_device) -> Trained:
     """The model of a Hugging Face folder, its parameters in the checkpoint's precision."""
     found = Folder(_folder(directory, "Hugging Face folder"))
-    config = bind(found.config)
+    config = bind(on_this_platform(found.config))
     mesh = meshes.build(config.parallel)
 
     def place(name: str, shape: tuple[int, ...]) -> NamedSharding:

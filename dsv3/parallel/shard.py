@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dsv3.parallel.exchange import Hop, through_experts
 
@@ -112,9 +113,7 @@ class Shard:
         argument and result."""
         if self.mesh is None:
             return function
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=arguments, out_specs=results, check_vma=False
-        )
+        return functools.partial(_each, self.mesh, function, arguments, results)
 
     def evaluate(self, function: Callable, model: Any, rows: tuple, results: Any) -> Any:
         """`function(model, *rows)` on every device, with its part of the rows and all parameters,
@@ -174,6 +173,28 @@ class Shard:
 
 
 ALONE = Shard()
+
+
+def _each(mesh: Mesh, function: Callable, specs: Any, results: Any, *arguments: Any) -> Any:
+    """`function(*arguments)` by `jax.shard_map`, every axis manual.
+
+    Arrays of no numbers are made anew on every device: XLA of jax 0.11 dies of them as arguments.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    spec_of = jax.tree.leaves(jax.tree.broadcast(specs, arguments))
+    full = [i for i, leaf in enumerate(leaves) if leaf.size]
+
+    def here(*given: Array) -> Any:
+        own = dict(zip(full, given, strict=True))
+        for i in range(len(leaves)):
+            if i not in own:
+                shape = NamedSharding(mesh, spec_of[i]).shard_shape(leaves[i].shape)
+                own[i] = jnp.zeros(shape, leaves[i].dtype)
+        return function(*structure.unflatten(own[i] for i in range(len(leaves))))
+
+    in_specs = tuple(spec_of[i] for i in full)
+    mapped = jax.shard_map(here, mesh=mesh, in_specs=in_specs, out_specs=results, check_vma=False)
+    return mapped(*(leaves[i] for i in full))
 
 
 def path_of(path) -> str:

@@ -58,6 +58,7 @@ def make_step(
 
 @functools.cache
 def _false(mesh: Mesh) -> Array:
+    """`behind` of a state whose average has all steps, lying as the step leaves it."""
     return jax.jit(lambda: jnp.zeros((), bool), out_shardings=meshes.everywhere(mesh))()
 
 
