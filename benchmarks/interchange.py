@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ import numpy as np
 from dsv3.checkpoint import exporting, hub_config, importing
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.hub_config import Quantization
-from dsv3.checkpoint.safetensors_file import METADATA, Entry, Writer, shards
+from dsv3.checkpoint.safetensors_file import METADATA, Entry, bytes_of, file_bytes
 from dsv3.checkpoint.weights import INDEX
 from dsv3.cli import Parser
 from dsv3.config import Config, Mla, Model, Moe
@@ -66,22 +66,21 @@ def make(folder: Path, config: Config, quantization: Quantization | None) -> tup
     wide = rng.standard_normal(1 << 22, np.float32)
     pools = {"F8_E4M3": codes, "BF16": (wide.view(np.uint32) >> 16).astype(np.uint16),
              "F32": np.abs(wide) / 448}  # fmt: skip
-    parts = list(shards(entries, SHARD_BYTES))
-    for i, part in enumerate(parts, start=1):
-        file = f"model-{i:05}-of-{len(parts):05}.safetensors"
-        places |= dict.fromkeys(part, file)
-        with Writer(folder / file, part, METADATA) as writer:
-            for entry in part.values():
-                fill(writer, entry, pools[entry.dtype])
+    for name, part in exporting.in_files(entries, SHARD_BYTES).items():
+        places |= dict.fromkeys(part, name)
+        parts = (chunk for entry in part.values() for chunk in filling(entry, pools[entry.dtype]))
+        with open(folder / name, "xb") as file:
+            for chunk in file_bytes(part, METADATA, parts):
+                file.write(bytes_of(chunk))
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     sizes = [entry.nbytes for entry in entries.values()]
     return sum(sizes), max(sizes)
 
 
-def fill(writer: Writer, entry: Entry, pool: np.ndarray) -> None:
+def filling(entry: Entry, pool: np.ndarray) -> Iterator[np.ndarray]:
     left = entry.nbytes // pool.itemsize
     while left:
-        writer.write(pool[:left])
+        yield pool[:left]
         left -= min(left, pool.size)
 
 

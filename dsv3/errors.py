@@ -73,8 +73,8 @@ def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
             if error.errno is None:  # raised by a library, not by the system
                 raise
             message = f"{error.strerror}: {error.filename or 'while writing'}"
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as interruption:
+            print(": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
         else:
             return

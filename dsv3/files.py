@@ -8,14 +8,15 @@ the rename can reach the disk before the data does.
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dsv3.errors import UserError
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without them says
+NO_LOCKS = (  # what a file system without them says; the last, NFS of a folder
+    errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF,
+)  # fmt: skip
 
 
 def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
@@ -39,25 +40,6 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def appearing(folder: str | os.PathLike) -> Iterator[Path]:
-    """A new folder beside `folder`, to be filled; it takes that name when the block ends.
-
-    It is on the disk then. An error or a kill leaves no `folder`. An empty one may be there before.
-    """
-    folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        making.mkdir()
-        yield making
-        fsync_tree(making)
-        making.rename(folder)
-        fsync_directory(folder.parent)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
 
 
 @contextmanager

@@ -32,11 +32,12 @@ from dsv3.bindings import apply, read_bindings
 from dsv3.checkpoint import beside, hub, hub_config
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.hub_config import Quantization
-from dsv3.checkpoint.importing import Progress, imported, new_folder
+from dsv3.checkpoint.importing import imported
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.safetensors_file import DTYPES as DTYPE_OF
-from dsv3.checkpoint.safetensors_file import METADATA, Entry, Writer, shards
+from dsv3.checkpoint.safetensors_file import METADATA, Entry, file_bytes
 from dsv3.checkpoint.store import Store
+from dsv3.checkpoint.unfinished import Progress, unfinished
 from dsv3.checkpoint.weights import FP8, INDEX, SINGLE, Weights, usable
 from dsv3.config import Config, Model
 from dsv3.errors import CheckpointError, nearest
@@ -55,6 +56,7 @@ class Source:
     """Where weights come from.
 
     read: the part of a parameter that a tensor is made of, as ours, [inputs, outputs]
+    identity: of the weights, JSON that others do not have; None of what has none on the disk
     quantization, quantized: of the checkpoint that they are or once were, if it is in FP8, and its
         tensors that are
     weights: the tensors as they are stored, where they still are the hub's
@@ -64,6 +66,7 @@ class Source:
 
     config: Config
     read: Callable[[hub.Piece], np.ndarray]
+    identity: Any = None
     quantization: Quantization | None = None
     quantized: Collection[str] = ()
     weights: Weights | None = None
@@ -97,7 +100,10 @@ def of_folder(folder: str | os.PathLike) -> Source:
 
 def _of(found: Folder) -> Source:
     read = functools.partial(found.read_piece, dtype=np.dtype(np.float32))
-    return Source(found.config, read, *_quantization(found), found.weights, found.path, found.ids)
+    weights = found.weights
+    return Source(
+        found.config, read, weights.identity, *_quantization(found), weights, found.path, found.ids
+    )
 
 
 def _quantization(found: Folder) -> tuple[Quantization | None, Collection[str]]:
@@ -134,9 +140,10 @@ def of_workdir(
             raise CheckpointError(f"{folder}: the checkpoint does not fit config.gin: no {name}")
         return reader.read(name, piece.index)
 
+    identity = [reader.identity, ema]
     if (origin := imported(folder, weights=False)) is None:
-        return Source(config, read, folder=folder)
-    return Source(config, read, *_quantization(origin), None, folder, origin.ids)
+        return Source(config, read, identity, folder=folder)
+    return Source(config, read, identity, *_quantization(origin), None, folder, origin.ids)
 
 
 # --- what will be written ----------------------------------------------------------------------
@@ -151,7 +158,8 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Write the folder `out` in the hub's layout; it appears whole or not at all.
+    """Write the folder `out` in the hub's layout; it appears whole or not at all. What was
+    interrupted goes on, where the same is asked for of the same weights on the disk.
 
     `dtype` ('bfloat16', 'float32') is that of all tensors but the selection bias, which is FP32,
     and, with `fp8`, the projections, which are E4M3 with scales. Files hold at most `shard_bytes`.
@@ -168,12 +176,22 @@ def export(
     pieces = in_file_order(source.config.model)
     quantized = projections(pieces) if source.quantization is None else source.quantized
     entries = plan(pieces, DTYPES[dtype], quantization, quantized)
-    needed = sum(entry.nbytes for entry in entries.values())
-    with new_folder(out, needed) as making:
-        ids = beside.write(source.folder, source.ids, source.config.model.vocab, making)
-        (making / "config.json").write_text(json.dumps(fields | ids, indent=2) + "\n")
-        chunks = _chunks(source, pieces, entries, quantization)
-        _write_shards(making, list(shards(entries, shard_bytes)), chunks, progress)
+    size = sum(entry.nbytes for entry in entries.values())
+    files = in_files(entries, shard_bytes)
+    made_of = source.identity and [source.identity, fields, files]
+
+    def content(part: Mapping[str, Entry]) -> Iterator[np.ndarray]:
+        within = {name: pieces[name] for name in part if name in pieces}
+        return file_bytes(part, METADATA, _chunks(source, within, part, quantization))
+
+    with unfinished(out, size, made_of, progress) as making:
+        path = making.path
+        ids = beside.write(source.folder, source.ids, source.config.model.vocab, path)
+        (path / "config.json").write_text(json.dumps(fields | ids, indent=2) + "\n")
+        places = {name: file for file, part in files.items() for name in part}
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        making.write("exporting weights", {file: content(part) for file, part in files.items()})
 
 
 def in_file_order(model: Model) -> dict[str, hub.Piece]:
@@ -209,24 +227,24 @@ def plan(
     return entries
 
 
-def _write_shards(
-    folder: Path, parts: list[dict[str, Entry]], chunks: Iterator[np.ndarray], progress: Any
-) -> None:
-    total = sum(entry.nbytes for part in parts for entry in part.values())
-    places, done = {}, 0
-    for i, part in enumerate(parts, start=1):
-        file = SINGLE if len(parts) == 1 else f"model-{i:05}-of-{len(parts):05}.safetensors"
-        places |= dict.fromkeys(part, file)
-        end = done + sum(entry.nbytes for entry in part.values())
-        with Writer(folder / file, part, METADATA) as writer:
-            while done < end:
-                chunk = next(chunks)
-                writer.write(chunk)
-                done += chunk.nbytes
-                if progress is not None:
-                    progress("exporting weights", done, total)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+def in_files(entries: Mapping[str, Entry], limit: int) -> dict[str, dict[str, Entry]]:
+    """`entries` in their order by file, each of at most `limit` bytes of tensors; one beyond that
+    has a file of its own. Scales are in the file of their weight."""
+    parts: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if not name.endswith(hub.SCALES):
+            scales = entries.get(hub.scale_of(name))
+            nbytes = entry.nbytes + (scales.nbytes if scales else 0)
+            if parts[-1] and size + nbytes > limit:
+                parts.append({})
+                size = 0
+            size += nbytes
+        parts[-1][name] = entry
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    total = len(parts)
+    return {f"model-{i:05}-of-{total:05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 # --- weights -----------------------------------------------------------------------------------

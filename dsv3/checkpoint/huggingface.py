@@ -9,7 +9,7 @@
 
 DIR holds config.json and model.safetensors, or shards of it with an index. `export --hf` converts
 one folder of the hub into another, from FP8 to BF16 for instance. What is written appears whole or
-not at all; what was interrupted begins anew.
+not at all; what was interrupted goes on with the same command.
 """
 
 import argparse

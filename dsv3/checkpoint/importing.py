@@ -9,18 +9,14 @@ BF16, so an export has what an import had, whatever made it, and the disk holds 
 wants parameters reads them from these files, on any mesh, in FP32 (`trained`); once training has
 saved a step, that counts, and `hub` says only what the weights were before.
 
-Every chunk is read once; while it is hashed and written, the next is read and looked through.
+Every chunk is read once; while it is hashed and written, the next is read and looked through. What
+was interrupted goes on (`unfinished`), if the files of weights are still those.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -28,17 +24,16 @@ import jax
 from dsv3.bindings import operative
 from dsv3.checkpoint import beside
 from dsv3.checkpoint.folder import Folder
-from dsv3.checkpoint.manifest import DamageError, FilePrint, Manifest
+from dsv3.checkpoint.manifest import DamageError, Manifest
+from dsv3.checkpoint.unfinished import Progress, unfinished
 from dsv3.checkpoint.weights import INDEX
 from dsv3.config import Config
 from dsv3.errors import CheckpointError
-from dsv3.files import appearing
 from dsv3.parallel.processes import exchange, together
 
 HUB = "hub"
 MARK = "IMPORTED"
 _SMALL = 1 << 20  # bytes of a file that is looked at where the weights are not wanted
-Progress = Callable[[str, int, int | None], None]  # what, done, in all
 
 
 def import_checkpoint(
@@ -47,8 +42,7 @@ def import_checkpoint(
     """Make `workdir`, a run at step 0: `eval.py` reads it, `train.py` goes on from it.
 
     Raises CheckpointError where `workdir` already holds something, the disk is too small, or
-    anything is wrong with `folder`. It appears whole or not at all, and an import that was
-    interrupted begins anew.
+    anything is wrong with `folder`. It appears whole or not at all.
     """
     folder, workdir = Path(folder), Path(workdir).absolute()
     found = Folder(folder)
@@ -56,17 +50,21 @@ def import_checkpoint(
     if (folder / "tokenizer.json").exists():
         data = dataclasses.replace(config.data, tokenizer=str(workdir / "tokenizer.json"))
         config = dataclasses.replace(config, data=data)
-    with new_folder(workdir, found.weights.nbytes) as making:
-        (making / HUB).mkdir()
-        for place in (making, making / HUB):  # the former is the run's, which may change it
+    weights = found.weights
+    with unfinished(workdir, weights.nbytes, weights.identity, progress) as making:
+        path, hub = making.path, making.path / HUB
+        hub.mkdir(exist_ok=True)
+        for place in (path, hub):  # the former is the run's, which may change it
             (place / "config.gin").write_text(operative(config))
-        beside.copy(folder, making)
+        beside.copy(folder, path)
         for name in ("config.json", INDEX):
             if (folder / name).exists():
-                shutil.copyfile(folder / name, making / HUB / name)
-        (making / MARK).write_text(f"{HUB}/ is what this run begins with, until it has a step\n")
-        hashed = _copy_weights(found, making / HUB, progress)
-        Manifest.of(making / HUB, 0, {}, known=hashed).write(making / HUB)
+                shutil.copyfile(folder / name, hub / name)
+        (path / MARK).write_text(f"{HUB}/ is what this run begins with, until it has a step\n")
+        files = {f"{HUB}/{name}": chunks for name, chunks in weights.files().items()}
+        written = making.write("importing weights", files)
+        hashed = {name.removeprefix(f"{HUB}/"): file for name, file in written.items()}
+        Manifest.of(hub, 0, {}, known=hashed).write(hub)
     return config
 
 
@@ -96,47 +94,3 @@ def imported(workdir: Path, *, weights: bool = True) -> Folder | None:
         except DamageError as damage:
             raise CheckpointError(f"{hub} is damaged: {damage}; {remedy}") from damage
         return Folder(hub, copied=True)
-
-
-def _copy_weights(found: Folder, out: Path, progress: Progress | None) -> dict[str, FilePrint]:
-    """Copy the files of weights; size and hash of each as it was read."""
-    prints, total, done = {}, found.weights.nbytes, 0
-    with ThreadPoolExecutor(2) as pool:
-        for name, chunks in found.weights.files().items():
-            digest, before = hashlib.sha256(), done
-            with open(out / name, "xb") as copy:
-                coming = pool.submit(next, chunks, None)
-                while (chunk := coming.result()) is not None:
-                    coming = pool.submit(next, chunks, None)
-                    hashing = pool.submit(digest.update, chunk)
-                    copy.write(chunk.data)
-                    hashing.result()
-                    done += chunk.nbytes
-                    if progress is not None:
-                        progress("importing weights", done, total)
-            prints[name] = FilePrint(done - before, digest.hexdigest())
-    return prints
-
-
-@contextmanager
-def new_folder(folder: Path, size: int) -> Iterator[Path]:
-    """`appearing`, for a folder that is new or empty; errors name it, not what is being made.
-
-    Raises CheckpointError for anything else that is there, where it cannot be written, and where
-    the disk has no room for `size` bytes.
-    """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(f"{folder} is no folder; wanted is the name of a new or empty one")
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; wanted is a new or empty folder")
-    hidden = re.compile(rf"\.{re.escape(folder.name)}\.\d+\.tmp")
-    try:
-        with appearing(folder) as making:
-            if shutil.disk_usage(making).free < size:
-                raise CheckpointError(f"{folder.parent} has no room for {-(-size // 10**6):,} MB")
-            yield making
-    except (CheckpointError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError):
-            message = f"{error.filename or folder}: {error.strerror or error}"
-        raise CheckpointError(hidden.sub(lambda _: folder.name, message)) from error

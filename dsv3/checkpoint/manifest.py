@@ -83,7 +83,7 @@ class Manifest:
         """
         files = dict(known or {})
         sizes = {n: size for n, size in _sizes(directory, below).items() if n not in files}
-        for name, sha256 in zip(sizes, _hash_files(directory, sizes), strict=True):
+        for name, sha256 in zip(sizes, hash_files(directory, sizes), strict=True):
             files[name] = FilePrint(sizes[name], sha256)
         return cls(step, files, arrays)
 
@@ -164,7 +164,7 @@ class Manifest:
                 if size != self.files[name].size:
                     raise DamageError(f"{name} has {size} bytes instead of {self.files[name].size}")
             names = [n for i, n in enumerate(sizes) if hashed is None or hashed(i, sizes[n])]
-            for name, sha256 in zip(names, _hash_files(directory, names), strict=True):
+            for name, sha256 in zip(names, hash_files(directory, names), strict=True):
                 if sha256 != self.files[name].sha256:
                     raise DamageError(f"{name} does not match its hash")
 
@@ -230,7 +230,8 @@ def _part(process: int | None) -> str:
     return NAME if process is None else f"{NAME}.{process}"
 
 
-def _hash_files(directory: Path, names: Collection[str]) -> Iterator[str]:
+def hash_files(directory: Path, names: Collection[str]) -> Iterator[str]:
+    """The SHA-256 of files in `directory`, in their order."""
     with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
         yield from pool.map(lambda name: _hash_file(directory / name), names)
 

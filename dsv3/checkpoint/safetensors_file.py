@@ -13,7 +13,7 @@ found to describe exactly the bytes that are there.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,60 +149,40 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * BYTES[self.dtype]
 
 
-class Writer:
-    """A new file for `entries`, whose bytes are then written in their order, in parts of any size.
+def file_bytes(
+    entries: Mapping[str, Entry], metadata: Mapping[str, str], parts: Iterable[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """A file for `entries`: its header, then `parts`, of any size, which are their bytes in order.
 
-    A context manager; leaving it puts the file on the disk. Raises ValueError where the parts are
-    not what the entries announced.
+    Raises ValueError where these are not as many as the entries announce.
     """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, entry in entries.items():
+        begin, end = end, end + entry.nbytes
+        header[name] = {
+            "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of 8
+    yield np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    written = 0
+    for part in parts:
+        written += part.nbytes
+        yield part
+    if written != end:
+        raise ValueError(f"{written} bytes written, {end} announced")
 
-    def __init__(self, file: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]):
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        end = 0
-        for name, entry in entries.items():
-            begin, end = end, end + entry.nbytes
-            header[name] = {
-                "dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end],
-            }  # fmt: skip
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # data begin at a multiple of 8
-        self._file = open(file, "xb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._end = self._file.tell() + end
 
-    def write(self, part: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        with self._file:
-            if kind is None:
-                if self._file.tell() != self._end:
-                    raise ValueError(f"{self._file.tell()} bytes written, {self._end} announced")
-                self._file.flush()
-                os.fsync(self._file.fileno())
+def bytes_of(array: np.ndarray) -> memoryview:
+    """Its elements in order, to be written."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def save(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a file of arrays that are all at hand."""
+    """Write a new file of arrays that are all at hand."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries = {name: Entry(names[array.dtype], array.shape) for name, array in tensors.items()}
-    with Writer(file, entries, metadata) as writer:
-        for array in tensors.values():
-            writer.write(array)
-
-
-def shards(entries: Mapping[str, Entry], limit: int) -> Iterable[dict[str, Entry]]:
-    """`entries` in their order, cut into files of at most `limit` bytes of tensors; a tensor beyond
-    that has a file of its own."""
-    part: dict[str, Entry] = {}
-    size = 0
-    for name, entry in entries.items():
-        if part and size + entry.nbytes > limit:
-            yield part
-            part, size = {}, 0
-        part[name] = entry
-        size += entry.nbytes
-    yield part
+    with open(file, "xb") as opened:
+        for part in file_bytes(entries, metadata, tensors.values()):
+            opened.write(bytes_of(part))

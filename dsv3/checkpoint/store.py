@@ -65,7 +65,8 @@ class Restored:
 
 
 class Reader:
-    """A sound step, its arrays read one by one: `shapes` has (shape, dtype) by name.
+    """A sound step, its arrays read one by one: `shapes` has (shape, dtype) by name, `identity` the
+    hash of what all hold, as JSON.
 
     Large files are verified by what is read of them, not before.
     """
@@ -73,6 +74,7 @@ class Reader:
     def __init__(self, store: "Store", step: int, manifest: Manifest, extra: dict):
         self.step, self.extra = step, extra
         self.shapes = {n: (a.shape, np.dtype(a.dtype)) for n, a in manifest.arrays.items()}
+        self.identity = {name: array.content for name, array in manifest.arrays.items()}
         self._store, self._arrays = store, Arrays(store._path(step), manifest)
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:

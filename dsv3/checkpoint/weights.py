@@ -49,23 +49,24 @@ class Target(NamedTuple):
 class Weights:
     """The tensors of `folder`: `headers` by name without the scales, which are `scales` by weight.
 
-    `quantization` is what config.json announces, `nbytes` the size of all files. Raises
-    CheckpointError where there are no weights, only pickles, a damaged file, or an index that names
-    a file outside the folder or a tensor that its file does not hold; and where a weight in FP8 has
-    no scales, or scales have no such weight.
+    `quantization` is what config.json announces, `nbytes` the size of all files, `identity` their
+    names, sizes and times of change. Raises CheckpointError where there are no weights, only
+    pickles, a damaged file, or an index that names a file outside the folder or a tensor that its
+    file does not hold; and where a weight in FP8 has no scales, or scales have no such weight.
     """
 
     def __init__(self, folder: Path, quantization: Quantization | None):
         self.folder = folder
         self.quantization = quantization
-        self.nbytes = 0
+        self.identity: list[tuple[str, int, int]] = []
         self._pool = ThreadPoolExecutor()
         index = _read_index(folder)
         found: dict[str, Tensor] = {}
         for file in sorted(set(index.values())) or [SINGLE]:
             path = inside(folder, file)
             tensors = read_header(path).tensors
-            self.nbytes += path.stat().st_size
+            now = path.stat()
+            self.identity.append((file, now.st_size, now.st_mtime_ns))
             for name, tensor in tensors.items():
                 if name in found:
                     files = f"{found[name].file.name} and in {file}"
@@ -74,6 +75,7 @@ class Weights:
         for name, file in index.items():
             if name not in found or found[name].file.name != file:
                 raise CheckpointError(f"{folder / INDEX} places {name} in {file}, which lacks it")
+        self.nbytes = sum(size for _, size, _ in self.identity)
         self._tensors = found
         self.headers = {n: t for n, t in found.items() if not n.endswith(hub.SCALES)}
         self.scales = {

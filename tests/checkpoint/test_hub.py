@@ -9,7 +9,7 @@ import pytest
 from configs import deepseek_v3
 from dsv3 import counts
 from dsv3.bindings import apply
-from dsv3.checkpoint import exporting, hub_config, safetensors_file
+from dsv3.checkpoint import exporting, hub_config
 from dsv3.config import Config, Yarn
 from dsv3.errors import CheckpointError
 from dsv3.model import rope
@@ -31,9 +31,10 @@ def test_tensors_and_bytes_of_the_released_checkpoint():
         "F8_E4M3": 680_571_043_840, "BF16": 3_918_786_560 * 2, "F32": 41_555_600 * 4,
     }  # fmt: skip
     assert sum(bytes_of.values()) == 688_574_839_360
-    parts = list(safetensors_file.shards(entries, exporting.SHARD_BYTES))
-    assert sum(map(len, parts)) == 91_991
+    parts = exporting.in_files(entries, exporting.SHARD_BYTES).values()
+    assert [name for part in parts for name in part] == list(entries)
     assert all(sum(e.nbytes for e in part.values()) <= exporting.SHARD_BYTES for part in parts)
+    assert all(name.removesuffix("_scale_inv") in part for part in parts for name in part)
 
     layer = "model.layers.60"
     shapes = {
@@ -55,6 +56,18 @@ def test_tensors_and_bytes_of_the_released_checkpoint():
         "model.layers.61.shared_head.norm.weight": ("BF16", (7168,)),
     }
     assert {name: tuple(entries[name]) for name in shapes} == shapes
+
+
+def test_files_are_filled_in_order_and_a_large_tensor_stands_alone():
+    sizes = {"a": 3, "b": 3, "c": 9, "d": 2, "d_scale_inv": 1, "e": 2, "f": 1, "f_scale_inv": 1}
+    entries = {name: exporting.Entry("F8_E4M3", (size,)) for name, size in sizes.items()}
+    assert {file: list(part) for file, part in exporting.in_files(entries, 6).items()} == {
+        "model-00001-of-00004.safetensors": ["a", "b"],
+        "model-00002-of-00004.safetensors": ["c"],
+        "model-00003-of-00004.safetensors": ["d", "d_scale_inv", "e"],
+        "model-00004-of-00004.safetensors": ["f", "f_scale_inv"],
+    }
+    assert exporting.in_files({}, 6) == {"model.safetensors": {}}
 
 
 def test_released_config():

@@ -249,7 +249,8 @@ def test_errors_name_the_folder_that_was_asked_for(folder, tmp_path, capsys, mon
         with pytest.raises(SystemExit):
             run(command, "--hf", folder, option, tmp_path / "new")
         error = capsys.readouterr().err
-        assert f"{tmp_path / 'new'}" in error and "No space left" in error and ".tmp" not in error
+        assert f"{tmp_path / 'new'}" in error and "No space left" in error and ".part" not in error
+        assert [path.name for path in tmp_path.iterdir() if ".part" in path.name] == []
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
