@@ -9,8 +9,8 @@ a run killed at any moment and resumed has every line once.
     loads.jsonl     the same for {"step": n, "load": [L, E]}, the tokens that each expert was given
     tensorboard/    the scalars again
 
-Logged are step 1, every `reporting.every`-th step, any step with a value that is not finite, and
-those at which FP8 was watched.
+Logged are step 1, every `reporting.every`-th step, the one that ends the run, any with a value that
+is not finite, and those at which FP8 was watched.
 The step is the one that the state counts, so a refused step repeats the number of the last taken.
 """
 
@@ -81,8 +81,8 @@ class Recorder:
         self._pending = metrics
         return late
 
-    def flush(self) -> dict[str, Any] | None:
-        """Read and write what waits: before a checkpoint, and at the end."""
+    def flush(self, last: bool = False) -> dict[str, Any] | None:
+        """Read and write what waits: before a checkpoint, and at the end, after the `last` step."""
         if self._pending is None:
             return None
         metrics, self._pending = self._pending, None
@@ -95,7 +95,7 @@ class Recorder:
             tokens, then = self._rate_from
             row["tokens_per_second"] = (row["tokens"] - tokens) / (now - then)
         finite = all(map(is_finite, row.values()))
-        if row["step"] == 1 or row["step"] % self._every == 0 or not finite or fp8:
+        if row["step"] == 1 or row["step"] % self._every == 0 or last or not finite or fp8:
             self._rate_from = (row.get("tokens", 0), now)
             if self._writes:
                 self._log(row, load if finite else None, fp8)

@@ -31,7 +31,7 @@ class Recorder(Protocol):
     """Takes the metrics of a step just dispatched, gives back the step before's, read."""
 
     def record(self, metrics: Metrics) -> Row | None: ...
-    def flush(self) -> Row | None: ...
+    def flush(self, last: bool = False) -> Row | None: ...
 
 
 class Loader(Protocol):
@@ -106,8 +106,9 @@ class Run:
             state, metrics = self.step(state, batch.tokens)
             self._see(self.recorder.record(metrics))
             step, sequences = step + 1, sequences + len(batch.tokens)  # unless it was refused:
-            if step - saved >= every or self.ended(step, sequences, last_step):
-                self._see(self.recorder.flush())
+            ended = self.ended(step, sequences, last_step)
+            if step - saved >= every or ended:
+                self._see(self.recorder.flush(last=ended))
                 step, sequences = _position(state)
             if step - saved >= every:
                 self.save(state)

@@ -52,15 +52,16 @@ def test_a_step_is_read_after_the_next_is_dispatched(tmp_path):
     assert read == [1.5, 2.5]
 
 
-def test_logged_are_the_first_step_every_kth_and_the_broken_ones(tmp_path):
+def test_logged_are_the_first_step_every_kth_the_last_and_the_broken_ones(tmp_path):
     recorder = Recorder(tmp_path, QUIET, LENGTH)
     run(recorder, range(1, 6))
     recorder.record(metrics(7, grad_norm=np.float32("inf")))
-    recorder.flush()
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 4, 7]
+    recorder.record(metrics(9))
+    recorder.flush(last=True)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 4, 7, 9]
     steps, loads_nLE = read_loads(tmp_path)
-    assert steps.tolist() == [1, 2, 4]  # the load of a refused step says nothing
-    assert loads_nLE.shape == (3, 2, 4)
+    assert steps.tolist() == [1, 2, 4, 9]  # the load of a refused step says nothing
+    assert loads_nLE.shape == (4, 2, 4)
     assert (loads_nLE[2] == 4).all()
 
 

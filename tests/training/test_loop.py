@@ -31,6 +31,7 @@ class Desk:
     def __init__(self, config=CONFIG, refused=(), stop_at=None):
         self.config, self.refused, self.stop_at = config, set(refused), stop_at
         self.batches, self.saved, self.rows, self.waiting = [], [], [], None
+        self.ends = []
         self.stop = StopRequest()
 
     def next_batch(self, sequences):
@@ -53,8 +54,10 @@ class Desk:
         late, self.waiting = self.waiting, metrics
         return late
 
-    def flush(self):
+    def flush(self, last=False):
         late, self.waiting = self.waiting, None
+        if last:
+            self.ends.append(late["step"])
         return late
 
     def save(self, state):
@@ -70,7 +73,7 @@ def test_it_ends_at_the_step_asked_for_and_saves_there():
     desk = Desk()
     assert desk.until(6).step == 6
     assert desk.saved == [4, 6]  # checkpoint.every = 4
-    assert [row["step"] for row in desk.rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in desk.rows] == [1, 2, 3, 4, 5, 6] and desk.ends == [6]
 
 
 def test_it_ends_when_the_tokens_are_consumed():
@@ -110,7 +113,7 @@ def test_as_many_refused_with_a_good_one_between_do_not():
 def test_a_stop_request_saves_and_ends():
     desk = Desk(stop_at=3)
     assert desk.until(6).step == 3
-    assert desk.saved == [3]
+    assert desk.saved == [3] and not desk.ends
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
