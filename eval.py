@@ -14,7 +14,8 @@ float32 `logits` [B, T, V], for a model with MTP also `mtp_logits` [B, T, V], it
 `mtp_logits_2`, ... of further depths. `bpb` scores `--set data.corpus=...`, by default the run's
 own; with `--hf`, where no run says which, that of the default configuration, which it names.
 A run's model lies on the mesh that it was trained on where that has its devices here, else on one;
-`--set parallel.local=8` and the like say which, also with `--hf`.
+`--set parallel.local=8` and the like say which, also with `--hf`. Devices of several processes are
+one mesh, as in train.py: all get the same command, and the first one says and writes what there is.
 Task files are described in docs/evaluation.md; `--execute` runs the programs that a model writes.
 """
 
@@ -23,7 +24,7 @@ import functools
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,9 @@ from dsv3.files import write_atomically
 from dsv3.host import keep_freed_memory
 from dsv3.inference import generate as inference
 from dsv3.inference.sampling import sampler_of
+from dsv3.parallel import launch
 from dsv3.parallel import mesh as meshes
+from dsv3.parallel.processes import exchange, is_first, require_same
 
 
 def run_bpb(trained: Trained, config: Config, options: argparse.Namespace) -> None:
@@ -53,10 +56,10 @@ def run_bpb(trained: Trained, config: Config, options: argparse.Namespace) -> No
     texts = bpb.held_out_texts(bpb.held_out(config.data), config.evaluation.held_out_bytes)
     length, dtype = config.training.sequence_length, jnp.dtype(config.training.compute_dtype)
     found = bpb.bits_per_byte(trained.model, tokenizer, texts, length, dtype)
-    print(f"held out: {len(texts):,} documents, {found.bytes:,} bytes, {found.tokens:,} tokens"
-          f" of data.corpus = {config.data.corpus!r}")  # fmt: skip
-    print(f"model     {found.value:.4f} bits per byte")
-    print(f"xz -9     {bpb.compressor_bits_per_byte(texts):.4f} bits per byte")
+    show(f"held out: {len(texts):,} documents, {found.bytes:,} bytes, {found.tokens:,} tokens"
+         f" of data.corpus = {config.data.corpus!r}")  # fmt: skip
+    show(f"model     {found.value:.4f} bits per byte")
+    show(f"xz -9     {bpb.compressor_bits_per_byte(texts):.4f} bits per byte")
 
 
 def run_generate(trained: Trained, config: Config, options: argparse.Namespace) -> None:
@@ -91,23 +94,24 @@ def run_logits(trained: Trained, config: Config, options: argparse.Namespace) ->
     tokens_BT = read_tokens(options.tokens, config.model.vocab)
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **logits(trained.model, tokens_BT))
-    write_atomically(options.out, content.getvalue())
+    write(options.out, content.getvalue())
 
 
 def run_tasks(trained: Trained, config: Config, options: argparse.Namespace) -> None:
     reader, run = _reader(trained, config), None
     if options.execute:
-        run, network = runner(options.limits)
+        alone, network = runner(options.limits)
+        run = functools.partial(for_all, alone)
         warn(f"programs run as you, with limits; network {network}")
     for task in options.tasks:
         require_fit(reader, task)
     results = {}
     for task in options.tasks:
         found = evaluate(reader, task, run)
-        print(f"{task.name}: {found.line()}", flush=True)
+        show(f"{task.name}: {found.line()}")
         results[task.name] = found.as_json()
         if options.out:  # after each: what was computed outlives a later task's end
-            write_atomically(options.out, json.dumps(results, indent=1, allow_nan=False) + "\n")
+            write(options.out, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def run_lm_eval(trained: Trained, config: Config, options: argparse.Namespace) -> None:
@@ -119,11 +123,11 @@ def run_lm_eval(trained: Trained, config: Config, options: argparse.Namespace) -
     )
     for name, figures in found["results"].items():
         figures = {k: v for k, v in figures.items() if isinstance(v, float)}
-        print(f"{name}: {' · '.join(f'{k} {v:.4f}' for k, v in figures.items())}")
+        show(f"{name}: {' · '.join(f'{k} {v:.4f}' for k, v in figures.items())}")
     if options.out:
         text = json.dumps(found, default=str)
         found = json.loads(text, parse_constant=lambda _: None)  # an error of one item is nan
-        write_atomically(options.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write(options.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def _reader(trained: Trained, config: Config) -> Reader:
@@ -168,6 +172,7 @@ def check_out(options: argparse.Namespace) -> None:
 
 
 COMMANDS = "bpb", "generate", "logits", "tasks", "lm-eval"
+OF_A_PROCESS = ("process", "coordinator", "join_seconds", "run", "check", "set")
 
 
 def parser() -> Parser:
@@ -222,6 +227,7 @@ def _command(commands, name: str, what: str, run) -> Parser:
     source.add_argument("--hf", metavar="DIR", help="config.json, *.safetensors, tokenizer.json")
     command.add_argument("--ema", action="store_true", help="of a run: the averaged parameters")
     command.add_bindings()
+    command.add_processes()
     command.set_defaults(run=run, check=lambda options: None)
     return command
 
@@ -247,31 +253,52 @@ def bound(bindings: list[Binding], trained: Config) -> Config:
         try:
             meshes.build(config.parallel)
         except ConfigError as error:
+            if jax.process_count() > 1:
+                raise
             warn(f"on one device: {error}")
             config = on_one_device(config)
     return config
 
 
+def for_all(run: Callable[[str], bool], program: str) -> bool:
+    """What `run` says of a program, which the first process runs."""
+    return json.loads(exchange(json.dumps(is_first() and run(program)))[0])
+
+
 def show(text: str) -> None:
     """Print what stdout's encoding can say of `text`, '?' for the rest."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))
+    if is_first():
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def warn(message: str) -> None:
-    print(message, file=sys.stderr)
+    if is_first():
+        print(message, file=sys.stderr)
 
 
-@exits_cleanly
-def main(arguments: Sequence[str] | None = None) -> None:
-    keep_freed_memory()
-    options = parser().parse_args(arguments)
+def write(path: Path, content: bytes | str) -> None:
+    if is_first():
+        write_atomically(path, content)
+
+
+def work(options: argparse.Namespace) -> None:
+    asked = {f"--{name}": str(v) for name, v in vars(options).items() if name not in OF_A_PROCESS}
+    require_same(asked | {binding.path: binding.value for binding in options.set})
     options.check(options)
     trained, config = load(options)
     jax.config.update(
         "jax_compilation_cache_dir", str(Path(config.data.cache).expanduser() / "xla")
     )
     options.run(trained, config, options)
+
+
+@exits_cleanly
+def main(arguments: Sequence[str] | None = None) -> None:
+    keep_freed_memory()
+    options = parser().parse_args(arguments)
+    place = launch.place_of(options.coordinator, options.processes, options.process)
+    launch.run(place, options.join_seconds, functools.partial(work, options))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,6 @@ from dsv3.training.step import make_step
 
 # What a run writes at the top of its workdir, and a foreign folder may hold as well.
 WRITTEN = ("config.gin", "tokenizer.json", "metrics.jsonl", "loads.jsonl", "results.json")
-OF_A_HOST = ("data.cache", "data.corpus")  # where it keeps what all have alike
 
 
 def train(
@@ -63,8 +62,7 @@ def train(
     """Train in `workdir`, resuming what is there, to optimizer step `steps` or to the end."""
     workdir, stop = Path(workdir), stop or StopRequest()
     fields = {path: value for block in blocks_of(config) for path, value in block.items()}
-    asked = {"--workdir": str(workdir), "--steps": steps, **fields}
-    require_same({name: asked[name] for name in asked if name not in OF_A_HOST})
+    require_same({"--workdir": str(workdir), "--steps": steps, **fields})
     with ExitStack() as stack:
         with together():
             if is_first():
@@ -223,13 +221,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="NAME", help="a sweep of the configuration file")
     parser.add_argument("--index", type=int, help="only this run of the sweep, from 0")
     parser.add_argument("--steps", type=int, help="end after this optimizer step")
-    several = parser.add_argument_group("several processes, where no launcher tells")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--processes", type=int, metavar="N", help="1: there is no other")
-    several.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
-    several.add_argument(
-        "--join-seconds", type=int, default=300, metavar="S", help="how long all are waited for"
-    )
+    parser.add_processes()
     options = parser.parse_args(arguments)
     if not options.workdir:
         parser.error("--workdir is empty")

@@ -22,6 +22,16 @@ class Parser(argparse.ArgumentParser):
             help="bind a field of the configuration; may be given several times",
         )  # fmt: skip
 
+    def add_processes(self) -> None:
+        """What `launch.place_of` and `launch.run` want to know."""
+        several = self.add_argument_group("several processes, where no launcher tells")
+        several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+        several.add_argument("--processes", type=int, metavar="N", help="1: there is no other")
+        several.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+        several.add_argument(
+            "--join-seconds", type=int, default=300, metavar="S", help="how long all are waited for"
+        )
+
     def error(self, message: str):
         raise UserError(message)
 

@@ -17,6 +17,7 @@ from jax import Array
 
 from dsv3.errors import DataError
 from dsv3.model.transformer import Output, Transformer
+from dsv3.parallel.mesh import on_host
 
 POSITIONS = 4096  # of one forward pass: about this many, in whole sequences
 DAMAGE = (  # what numpy raises for a header that is none, or for more numbers than follow it
@@ -56,7 +57,8 @@ def logits(model: Transformer, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
     for start in range(0, len(tokens_BT), rows):
         chunk_BT = tokens_BT[start : start + rows]
         filling = model.shard.even(len(chunk_BT)) - len(chunk_BT)
-        for name, part_BTV in _logits(model, np.pad(chunk_BT, ((0, filling), (0, 0)))).items():
+        parts = on_host(_logits(model, np.pad(chunk_BT, ((0, filling), (0, 0)))))
+        for name, part_BTV in parts.items():
             whole = answer.setdefault(name, np.empty((len(tokens_BT), *part_BTV.shape[1:]), "f4"))
             whole[start : start + rows] = part_BTV[: len(chunk_BT)]
     return answer

@@ -33,6 +33,7 @@ from jax import Array, lax
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import on_host
 from dsv3.training.losses import CHUNK, negative_log_likelihood
 
 POSITIONS = 4096  # of one forward pass: about this many, in whole rows
@@ -156,8 +157,8 @@ def _nats(model, group, size: int, queries: list[tuple[int, Span]], vocab: int, 
         position_nY[here] = np.arange(span.first - 1, len(span.tokens) - 1)
         target_nY[here] = span.tokens[span.first :]
     asked = (x_nY.reshape(-1) for x_nY in (row_nY, position_nY, target_nY))
-    found = _scored(model, tokens_BT, *asked, vocab, dtype)
-    nats_nY, greedy_nY = (np.asarray(x).reshape(ranks, -1) for x in found)
+    found = on_host(_scored(model, tokens_BT, *asked, vocab, dtype))
+    nats_nY, greedy_nY = (x.reshape(ranks, -1) for x in found)
     return [
         (float(nats_nY[here].sum(dtype=np.float64)), bool(greedy_nY[here].all())) for here in places
     ]

@@ -14,7 +14,8 @@ between portions of PORTION steps, in text: they may begin and end within tokens
 
 A model that lies on a mesh (`training.state.on_mesh`) completes on all its devices, by the same
 calls and to the same tokens. Its batch is filled up to a multiple of their number with rows that
-have ended before they begin.
+have ended before they begin. Where several processes have the devices, all make the same calls and
+get the same answers.
 """
 
 import bisect
@@ -34,6 +35,7 @@ from dsv3.inference.cache import FormName
 from dsv3.inference.decode import Plan, State
 from dsv3.inference.sampling import Sampler
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import on_host
 
 SHORTEST = 64  # tokens in the smallest buffer
 PORTION = 16  # steps between two searches for a stop string
@@ -143,16 +145,19 @@ def generate(
     arguments = limit_B, np.array(stop, np.int32), seed
     if ends is None:
         state = decode.advance(plan, model, state, *arguments, min(max_tokens, context))
-        return _completions(state, prompts, [None] * len(prompts))
+        return _completions(_seen(state), prompts, [None] * len(prompts))
     found: list[int | None] = [None] * len(prompts)
-    while not _all_ended(state, limit_B):
+    seen = _seen(state)
+    while not _all_ended(seen, limit_B):
         state = decode.advance(plan, model, state, *arguments, PORTION)
-        so_far = _completions(state, prompts, found)
+        seen = _seen(state)
+        so_far = _completions(seen, prompts, found)
         found = [ends(c.tokens) if n is None else n for c, n in zip(so_far, found, strict=True)]
-        stopped_B = np.array(state.stopped_B)
+        stopped_B = np.array(seen.stopped_B)
         stopped_B[: len(prompts)] |= [n is not None for n in found]
         state = state._replace(stopped_B=jax.device_put(stopped_B, state.stopped_B.sharding))
-    return _completions(state, prompts, found)
+        seen = seen._replace(stopped_B=stopped_B)
+    return _completions(seen, prompts, found)
 
 
 def _room(
@@ -171,15 +176,31 @@ def _room(
     return length_B, np.minimum(length_B + min(max_tokens, context), context)
 
 
-def _all_ended(state: State, limit_B: np.ndarray) -> bool:
-    return bool(np.all(np.asarray(state.stopped_B) | (np.asarray(state.length_B) >= limit_B)))
+class Seen(NamedTuple):
+    """What the host reads of a state, in numpy."""
+
+    tokens_BS: np.ndarray
+    length_B: np.ndarray
+    stopped_B: np.ndarray
+    steps_B: np.ndarray
+    kept_B: np.ndarray
+    finite_B: np.ndarray
+    counts_1LE: np.ndarray
+
+
+def _seen(state: State) -> Seen:
+    return on_host(Seen(*(getattr(state, name) for name in Seen._fields)))
+
+
+def _all_ended(seen: Seen, limit_B: np.ndarray) -> bool:
+    return bool(np.all(seen.stopped_B | (seen.length_B >= limit_B)))
 
 
 def _completions(
-    state: State, prompts: Sequence[Sequence[int]], found: Sequence[int | None]
+    seen: Seen, prompts: Sequence[Sequence[int]], found: Sequence[int | None]
 ) -> Completions:
     """What the rows hold behind their prompts; of a row that `found` ended, so many tokens."""
-    tokens_BS, length_B, stopped_B, steps_B, kept_B, finite_B = map(np.asarray, state[:6])
+    tokens_BS, length_B, stopped_B, steps_B, kept_B, finite_B, counts_1LE = seen
     if not finite_B.all():
         raise CheckpointError("the model's logits are not finite: its weights are damaged")
     completions = []
@@ -189,7 +210,7 @@ def _completions(
         tokens = tokens_BS[row, len(prompt) :][:count].tolist()
         numbers = int(steps_B[row]), int(kept_B[row])
         completions.append(Completion(tokens, bool(stopped_B[row]), *numbers))
-    return Completions(completions, np.asarray(state.counts_1LE).sum(0, np.int64))
+    return Completions(completions, counts_1LE.sum(0, np.int64))
 
 
 def _size(tokens: int) -> int:

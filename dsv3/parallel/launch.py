@@ -1,6 +1,6 @@
 """Becoming one of several processes, and ending well when another does not.
 
-    python train.py ... --coordinator HOST:PORT --processes N --process I
+    python train.py ... --coordinator HOST:PORT --processes N --process I      (or eval.py)
 
 or the same command under a launcher that jax knows: SLURM, Open MPI, Kubernetes, Cloud TPU. The
 processes find each other through the coordinator, a service in process 0, of `jax.distributed`.
@@ -46,7 +46,7 @@ DAY = 24 * 3600  # longer, a process is not waited for
 COMPLAINT, FATAL = (re.compile(rb"^[%s]\d{4} \d\d:" % kinds, re.M) for kinds in (b"WEF", b"F"))
 LOST = re.compile(r"gloo|nccl|connection|socket|coordination|DEADLINE|UNAVAILABLE|CANCELLED", re.I)
 SERVICE_KNOWS = "the JAX distributed service detected fatal errors"
-AGAIN = "the same command resumes from the last checkpoint"
+AGAIN = "give all of them the same command again"  # to resume from the last checkpoint
 _PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 _TAIL = 1 << 15  # bytes of a child's last words
 

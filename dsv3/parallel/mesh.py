@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from dsv3.cluster import Parallel, Sizes
@@ -192,6 +193,15 @@ def on_one_device(tree, mesh: Mesh):
     return jax.tree.map(
         lambda x: jax.device_put(x.addressable_data(0), device), _gather(mesh)(tree)
     )
+
+
+def on_host(tree):
+    """The arrays of `tree` in numpy; those that several processes have parts of, in all of them."""
+    leaves = jax.tree.leaves(tree)
+    if all(leaf.is_fully_addressable for leaf in leaves):
+        return jax.tree.map(np.asarray, tree)
+    whole = _gather(leaves[0].sharding.mesh)(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), whole)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from jax._src import distributed  # the store has no public name
 from dsv3.bindings import literal
 from dsv3.errors import ConfigError, UserError
 
+OF_A_HOST = ("data.cache", "data.corpus")  # where it keeps what all have alike
 WAIT_SECONDS = 3600  # longer than any process may take on its own: the dead are found before
 SLICE_SECONDS = 1  # a signal is heard between two waits, not within
 _rounds = itertools.count()
@@ -60,9 +61,10 @@ def _heard(key: str) -> str:
 def require_same(asked: Mapping[str, Any]) -> None:
     """Raise ConfigError in all processes where one was asked for other values than the first.
 
-    Each would compile its own, and what they sum over devices would belong to none of them.
+    Each would compile its own, and what they sum over devices would belong to none of them. What is
+    OF_A_HOST may differ.
     """
-    texts = {name: literal(value) for name, value in asked.items()}
+    texts = {name: literal(value) for name, value in asked.items() if name not in OF_A_HOST}
     first, *others = map(json.loads, exchange(json.dumps(texts)))
     for process, other in enumerate(others, 1):
         here, there = (dict.fromkeys(first | other, "absent") | some for some in (first, other))

@@ -142,8 +142,8 @@ def test_the_runtimes_complaints_are_held_back_and_never_lost(monkeypatch, capfd
 @pytest.mark.parametrize(
     ("said", "meaning"),
     [
-        ("... stopped sending heartbeats):\n1\n3\nThe tasks", "processes 1, 3 died; the same"),
-        ("ABORTED: 12 unexpectedly tried to connect with a", "process 12 died; the same command"),
+        ("... stopped sending heartbeats):\n1\n3\nThe tasks", "processes 1, 3 died; give all"),
+        ("ABORTED: 12 unexpectedly tried to connect with a", "process 12 died; give all"),
         ("Either the leader task was preempted/died", "process 0 died or cannot be reached"),
         ("RPC: /xla.coordination.CoordinationService/RegisterTask", "process 0 did not answer"),
     ],
