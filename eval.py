@@ -226,6 +226,9 @@ def _command(commands, name: str, what: str, run) -> Parser:
     source.add_argument("--workdir", metavar="DIR", help="of a run")
     source.add_argument("--hf", metavar="DIR", help="config.json, *.safetensors, tokenizer.json")
     command.add_argument("--ema", action="store_true", help="of a run: the averaged parameters")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"),
+                         help="of --hf: what weights are held in; else as they are stored, FP32 "
+                         "where some are in FP8")  # fmt: skip
     command.add_bindings()
     command.add_processes()
     command.set_defaults(run=run, check=lambda options: None)
@@ -236,9 +239,11 @@ def load(options: argparse.Namespace) -> tuple[Trained, Config]:
     """The model that the options name, and its configuration with `--set` bound."""
     if options.ema and options.hf:
         raise UserError("--ema belongs to --workdir: a Hugging Face folder holds no average")
+    if options.dtype and not options.hf:
+        raise UserError("--dtype belongs to --hf: a run's parameters are FP32")
     bind = functools.partial(bound, options.set)
     if options.hf:
-        trained = from_hf(options.hf, bind)
+        trained = from_hf(options.hf, bind, options.dtype)
     else:
         trained = from_workdir(options.workdir, warn, ema=options.ema, bind=bind)
     return trained, trained.config

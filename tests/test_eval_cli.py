@@ -196,6 +196,7 @@ ERRORS = {
     "no checkpoint": ("bpb --hf {run}/corpus", "{run}/corpus has no config.json"),
     "no tokenizer": ("bpb --hf {golden}", "{golden} has no tokenizer.json"),
     "no average": ("bpb --hf {golden} --ema", "--ema belongs to --workdir"),
+    "a run's dtype": ("bpb --workdir {run} --dtype bfloat16", "--dtype belongs to --hf"),
     "model": ("bpb --workdir {run} --set model.width=8", "a trained model stays as it is"),
     "mesh": ("bpb --workdir {run} --set parallel.replica=16", "parallel.replica = 16 does not"),
     "experts": ("bpb --workdir {run} --set parallel.local=3", "parallel.local = 3 makes 3 shares"),

@@ -118,8 +118,11 @@ def _extra(found: Folder) -> dict:
     return {"loader": None, "sequences_read": 0, "config": config}
 
 
-def from_hf(directory: str | os.PathLike, bind: Bind = on_one_device) -> Trained:
-    """The model of a Hugging Face folder, its parameters in the checkpoint's precision."""
+def from_hf(
+    directory: str | os.PathLike, bind: Bind = on_one_device, dtype: str | None = None
+) -> Trained:
+    """The model of a Hugging Face folder, its parameters in `dtype` or in the checkpoint's
+    precision, FP32 where it has any FP8."""
     found = Folder(_folder(directory, "Hugging Face folder"))
     config = bind(on_this_platform(found.config))
     mesh = meshes.build(config.parallel)
@@ -128,7 +131,7 @@ def from_hf(directory: str | os.PathLike, bind: Bind = on_one_device) -> Trained
         sizes = meshes.sizes_of(mesh)
         return NamedSharding(mesh, meshes.place_of(config, sizes, name, shape).spec(len(shape)))
 
-    model = state.on_mesh(config, found.model(place=place), mesh)
+    model = state.on_mesh(config, found.model(dtype, place), mesh)
     return Trained(config, model, Path(directory))
 
 

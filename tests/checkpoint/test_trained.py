@@ -8,13 +8,16 @@ import pytest
 from dsv3.bindings import operative
 from dsv3.checkpoint.manifest import name_leaves
 from dsv3.checkpoint.store import Store
-from dsv3.checkpoint.trained import from_workdir
+from dsv3.checkpoint.trained import from_hf, from_workdir
 from dsv3.config import Config, Model
 from dsv3.data.tokenizer import Tokenizer, ready_made
 from dsv3.errors import CheckpointError, DataError
+from dsv3.inference.generate import generate
+from dsv3.inference.sampling import Greedy
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import on_this_platform
 from dsv3.training.state import from_model
+from tests.checkpoint.folders import GOLDEN
 
 MODEL = Model(vocab=264, width=8, layers=2, dense_width=8, mtp_depths=1)
 
@@ -96,3 +99,16 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, state):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"has no tokenizer\.json"):
         from_workdir(tmp_path, pytest.fail).tokenizer()
+
+
+def test_weights_from_fp8_held_in_bf16_decode_in_bf16_as_those_in_fp32(tmp_path):
+    """BF16 products round FP32 weights to the same numbers; all that was not FP8 was BF16."""
+    wide, narrow = (from_hf(GOLDEN / "fp8", dtype=dtype).model for dtype in (None, "bfloat16"))
+    dtypes = {name: leaf.dtype for name, leaf in name_leaves(narrow).items()}
+    assert {dtype.name for name, dtype in dtypes.items() if "router.bias" not in name} == {
+        "bfloat16"
+    }
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(wide)} == {"float32"}
+    options = {"stop": [1], "vocab": 64, "context": 32, "dtype": jnp.bfloat16}
+    ours, theirs = (generate(m, [[3, 4, 5], [6]], Greedy(), 20, **options) for m in (wide, narrow))
+    assert ours == theirs
