@@ -65,10 +65,15 @@ def run_bpb(trained: Trained, config: Config, options: argparse.Namespace) -> No
 def run_generate(trained: Trained, config: Config, options: argparse.Namespace) -> None:
     drafts = inference.drafts_of(trained.model) if options.speculative else 0
     tokenizer, context = trained.tokenizer(), inference.context_length(config)
+    texts = [text for text in (options.prompt, options.fim_suffix) if text is not None]
+    named = [token for token in tokenizer.special if any(token in text for text in texts)]
+    if named and not options.as_text:
+        raise UserError(f"the prompt holds {min(named)!r}: no text names a special token; "
+                        "--as-text reads it like any other")  # fmt: skip
     if options.fim_suffix is None:
-        prompt = inference.prompt_tokens(tokenizer, options.prompt)
+        prompt = inference.prompt_tokens(tokenizer, options.prompt or "")
     else:
-        prompt = inference.fim_tokens(tokenizer, options.prompt, options.fim_suffix)
+        prompt = inference.fim_tokens(tokenizer, options.prompt or "", options.fim_suffix)
     [completion] = inference.generate(
         trained.model,
         [prompt],
@@ -161,6 +166,8 @@ def check_counts(options: argparse.Namespace, *positive: str) -> None:
 
 
 def check_generate(options: argparse.Namespace) -> None:
+    if options.prompt == "":
+        raise UserError("--prompt is empty; without it the model begins a document")
     if "" in options.stop:
         raise UserError("--stop '' is in every text")
     options.sampler = sampler_of(options.temperature, options.top_k, options.top_p)
@@ -182,8 +189,10 @@ def parser() -> Parser:
 
     text = _command(commands, "generate", "complete a prompt, or fill in", run_generate)
     text.set_defaults(check=check_generate)
-    text.add_argument("--prompt", required=True, help="'' lets the model begin a document")
+    text.add_argument("--prompt", metavar="TEXT", help="without it the model begins a document")
     text.add_argument("--fim-suffix", metavar="TEXT", help="fill in between the prompt and this")
+    text.add_argument("--as-text", action="store_true",
+                      help="spelled-out special tokens in them are text")  # fmt: skip
     text.add_argument("--speculative", action="store_true", help="MTP modules draft tokens ahead")
     text.add_argument("--cache", choices=inference.FORMS, default="compute",
                       help="how latents are stored: in the compute dtype, or in FP8")  # fmt: skip

@@ -97,6 +97,7 @@ def test_bpb_of_another_text(run, workdir, tmp_path):
 
 def test_generate_writes_the_new_text_only(run, workdir):
     arguments = ["generate", "--workdir", workdir, "--max-tokens", 9, "--temperature", 1]
+    arguments.append("--as-text")
     code, out, err = run(*arguments, "--prompt", "<｜fim▁begin｜>")
     assert (code, err) == (0, "")
     assert out and "fim" not in out
@@ -154,7 +155,7 @@ def test_text_goes_to_a_terminal_without_utf8(monkeypatch):
 
 
 def test_an_empty_prompt_begins_a_document_and_the_context_ends_it(run, workdir):
-    code, out, err = run("generate", "--workdir", workdir, "--prompt", "", "--max-tokens", 99)
+    code, out, err = run("generate", "--workdir", workdir, "--max-tokens", 99)
     assert code == 0 and out
     assert err == f"ended after {CONTEXT - 1} tokens: the context of {CONTEXT} is full\n"
 
@@ -187,7 +188,15 @@ ERRORS = {
     "two sources": ("bpb --workdir {run} --hf {run}", "not allowed with argument --workdir"),
     "no command": ("", "required: bpb | generate | logits | tasks | lm-eval"),
     "unknown command": ("bpd --workdir {run}", "invalid choice: 'bpd'"),
-    "no prompt": ("generate --workdir {run}", "required: --prompt"),
+    "empty prompt": ("generate --workdir {run} --prompt=", "--prompt is empty; without it"),
+    "token's name": (
+        "generate --workdir {run} --prompt a<｜User｜>",
+        "holds '<｜User｜>': no text",
+    ),
+    "its name behind": (
+        "generate --workdir {run} --prompt a --fim-suffix <｜fim▁end｜>",
+        "holds '<｜fim▁end｜>'",
+    ),
     "no number": ("generate --workdir {run} --prompt a --seed x", "--seed: invalid int value"),
     "no workdir": ("bpb --workdir {run}x", "no workdir {run}x; did you mean '{name}'"),
     "a file": ("bpb --workdir {run}/config.gin", "no workdir {run}/config.gin"),

@@ -182,7 +182,9 @@ def export(
 
     def content(part: Mapping[str, Entry]) -> Iterator[np.ndarray]:
         within = {name: pieces[name] for name in part if name in pieces}
-        return file_bytes(part, METADATA, _chunks(source, within, part, quantization))
+        yield from file_bytes(part, METADATA, _chunks(source, within, part, quantization))
+        if source.weights is not None:
+            source.weights.require_unchanged()
 
     with unfinished(out, size, made_of, progress) as making:
         path = making.path

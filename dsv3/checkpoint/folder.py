@@ -88,6 +88,7 @@ class Folder:
                 yield jax.device_put(read(tuple(slice(0, n) for n in shape)))
             else:
                 yield jax.make_array_from_callback(shape, sharding, read)
+        self.weights.require_unchanged()
 
     def read(self, parameter: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         """`parameter[index]`, from the tensors and rows of them that it is made of."""

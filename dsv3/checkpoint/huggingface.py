@@ -13,7 +13,6 @@ not at all; what was interrupted goes on with the same command.
 """
 
 import argparse
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -61,8 +60,8 @@ def run_import(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     if options.ema and options.hf:
         raise UserError("--ema belongs to --workdir: a Hugging Face folder holds no average")
-    if not 0 < options.shard_gb < math.inf:
-        raise UserError(f"--shard-gb {options.shard_gb} must be a positive number")
+    if not 0 < options.shard_gb < 1e9:
+        raise UserError(f"--shard-gb {options.shard_gb} must lie between 0 and 1e9")
     if options.hf:
         source = exporting.of_folder(options.hf)
     else:

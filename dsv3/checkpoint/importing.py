@@ -57,9 +57,8 @@ def import_checkpoint(
         for place in (path, hub):  # the former is the run's, which may change it
             (place / "config.gin").write_text(operative(config))
         beside.copy(folder, path)
-        for name in ("config.json", INDEX):
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, hub / name)
+        for name in ("config.json", *([INDEX] if weights.indexed else [])):
+            shutil.copyfile(folder / name, hub / name)
         (path / MARK).write_text(f"{HUB}/ is what this run begins with, until it has a step\n")
         files = {f"{HUB}/{name}": chunks for name, chunks in weights.files().items()}
         written = making.write("importing weights", files)

@@ -13,6 +13,7 @@ found to describe exactly the bytes that are there.
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,12 +70,7 @@ class Tensor(NamedTuple):
         return content
 
 
-class Contents(NamedTuple):
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-
-
-def read_header(file: Path) -> Contents:
+def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of `file`. Raises CheckpointError where it is missing, damaged or another kind of
     file: tensors have to tile it exactly."""
     try:
@@ -92,17 +88,17 @@ def read_header(file: Path) -> Contents:
         raise _damaged(file, f"its header is not sound: {error}") from None
     if not isinstance(header, dict):
         raise _damaged(file, "its header is no JSON object")
-    metadata = header.pop("__metadata__", {})
+    header.pop("__metadata__", None)
     tensors = {name: _entry(file, 8 + length, name, entry) for name, entry in header.items()}
     _require_tiling(file, tensors, 8 + length, size)
-    return Contents(tensors, metadata if isinstance(metadata, dict) else {})
+    return tensors
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        times = Counter(name for name, _ in pairs)
+        raise ValueError(f"{times.most_common(1)[0][0]!r} stands there twice")
     return found
 
 
@@ -177,12 +173,3 @@ def file_bytes(
 def bytes_of(array: np.ndarray) -> memoryview:
     """Its elements in order, to be written."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def save(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a new file of arrays that are all at hand."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    entries = {name: Entry(names[array.dtype], array.shape) for name, array in tensors.items()}
-    with open(file, "xb") as opened:
-        for part in file_bytes(entries, metadata, tensors.values()):
-            opened.write(bytes_of(part))

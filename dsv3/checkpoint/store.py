@@ -65,8 +65,8 @@ class Restored:
 
 
 class Reader:
-    """A sound step, its arrays read one by one: `shapes` has (shape, dtype) by name, `identity` the
-    hash of what all hold, as JSON.
+    """A sound step, its arrays read one by one: `shapes` has (shape, dtype) by name, `identity`
+    what the arrays are and their fingerprints, as JSON.
 
     Large files are verified by what is read of them, not before.
     """

@@ -4,12 +4,14 @@
         LEDGER         what it is made of, then size, SHA-256 and name of each finished file
         NAME/          becomes NAME when all is there and on the disk
 
-NAME appears whole or not at all. An error leaves nothing. An interruption, a kill -9 too, leaves
-the finished files: whoever then makes the same of the same things hashes them and keeps what is
-sound, so one file is lost at most. Everything else begins anew.
+NAME appears whole or not at all. Whatever ends the making before, a kill -9 or a full disk, the
+finished files stay: whoever then makes the same of the same things hashes them and keeps what is
+sound, so one file is lost at most. Where none is finished, nothing stays. Other things begin anew.
 
-The ledger needs no fsync: what it says is believed only of files that have that hash. Who is at
-work holds a lock on it, which the system drops when the process dies.
+The ledger's lines need no fsync: they are believed only of files that have that hash. Who is at
+work holds a lock on it, where the file system has locks, which the system drops when the process
+dies. No link is ever followed within `.NAME.part`, and a folder of that name that this module did
+not make is left alone.
 """
 
 import fcntl
@@ -17,11 +19,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 import numpy as np
@@ -32,6 +35,8 @@ from dsv3.errors import CheckpointError
 from dsv3.files import fsync_directory, fsync_tree, locked
 
 LEDGER = "LEDGER"
+MAGIC = "dsv3-unfinished-1"  # a higher number when imports or exports write something else
+FIRST_LINE = len(MAGIC) + len(" \n") + 64  # of the ledger, in bytes: the key is a SHA-256
 Progress = Callable[[str, int, int | None], None]  # what, done, in all
 
 
@@ -66,9 +71,9 @@ class Unfinished:
                         hashing.result()
                         size += content.nbytes
                         self.progress(what, there + size, self.size)
-                self.done[name] = FilePrint(size, digest.hexdigest())
                 self.ledger.write(f"{size} {digest.hexdigest()} {name}\n")
                 self.ledger.flush()
+                self.done[name] = FilePrint(size, digest.hexdigest())
                 there += size
         return {name: self.done[name] for name in files}
 
@@ -82,63 +87,66 @@ def unfinished(
     `made_of`, which is JSON, is all that its files depend on; None is what cannot be named, so that
     nobody goes on with it. Raises CheckpointError for anything else that is there, where another
     process makes the same folder, where it cannot be written, and where the disk has no room for
-    `size` bytes. Errors name `folder`, not the hidden one.
+    `size` bytes.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(f"{folder} is no folder; wanted is the name of a new or empty one")
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; wanted is a new or empty folder")
+    _require_new(folder)
     part = folder.with_name(f".{folder.name}.part")
-    if os.path.lexists(part) and not _is_ours(part):
-        raise CheckpointError(f"{part} is in the way, and of no interrupted command: move it")
+    kept = False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir(exist_ok=True)
         with _held(part, folder) as ledger:
             making = Unfinished(part / folder.name, size, progress or _silent, ledger)
-            with _cleared(part, lambda: made_of is not None and bool(making.done)):
-                _go_on(making, made_of)
-                left = size - sum(file.size for file in making.done.values())
-                if shutil.disk_usage(part).free < left:
-                    megabytes = -(-left // 10**6)
-                    raise CheckpointError(f"{folder.parent} has no room for {megabytes:,} MB")
+            try:
+                _keep_sound(making, _begin(making, folder, made_of))
+                _require_room(making, folder)
                 yield making
                 fsync_tree(making.path)
                 making.path.rename(folder)
                 fsync_directory(folder.parent)
+            finally:
+                finished = os.fstat(ledger.fileno()).st_size > FIRST_LINE
+                kept = made_of is not None and finished and making.path.exists()
+                if not kept:
+                    _remove(part, folder.name)
+    except KeyboardInterrupt:
+        if kept:
+            raise KeyboardInterrupt("the same command goes on") from None
+        raise
     except (CheckpointError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError):
-            message = f"{error.filename or folder}: {error.strerror or error}"
-        for hidden in (f"{part.name}/{folder.name}", part.name):
-            message = message.replace(hidden, folder.name)
+            where = f"{error.filename}: " if error.filename else ""
+            message = f"{folder}: {where}{error.strerror or error}"
+        if kept:
+            message += f"; the same command goes on with what {part} has"
         raise CheckpointError(message) from error
 
 
-@contextmanager
-def _cleared(part: Path, worth_keeping: Callable[[], bool]) -> Iterator[None]:
-    """Remove `part` at the end, but for an interruption that left something `worth_keeping`."""
-    keep = False
-    try:
-        yield
-    except KeyboardInterrupt:
-        if keep := worth_keeping():
-            raise KeyboardInterrupt("the same command goes on") from None
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _is_ours(part: Path) -> bool:
-    """Whether an interrupted command left it, at whatever moment."""
-    return (part / LEDGER).is_file() or (part.is_dir() and not any(part.iterdir()))
+def _require_new(folder: Path) -> None:
+    """Raise CheckpointError where `folder` could not take the place that it is to have."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder} is no folder; wanted is the name of a new or empty one")
+    if not folder.exists():
+        return
+    if any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty; wanted is a new or empty folder")
+    if folder.is_mount():
+        raise CheckpointError(f"{folder} is a mount point, which stays; name a new folder in it")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{folder} is the current folder, which would be replaced: leave it")
 
 
 @contextmanager
 def _held(part: Path, folder: Path) -> Iterator[IO[str]]:
-    """The ledger, locked, at its end; CheckpointError where another process has it."""
-    with open(part / LEDGER, "a+", encoding="utf-8", errors="replace") as ledger:
+    """The ledger, locked, at its end. CheckpointError where another process has it, or where `part`
+    is not of this module."""
+    if os.path.lexists(part):
+        _require_ours(part, folder.name)
+    part.mkdir(exist_ok=True)
+    descriptor = os.open(
+        part / LEDGER, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, mode=0o666
+    )
+    with open(descriptor, "a+", encoding="utf-8", errors="replace") as ledger:
         try:
             locked(ledger.fileno(), fcntl.LOCK_NB)
             if not os.path.samestat(os.stat(part / LEDGER), os.fstat(ledger.fileno())):
@@ -148,32 +156,43 @@ def _held(part: Path, folder: Path) -> Iterator[IO[str]]:
         yield ledger
 
 
-def _go_on(making: Unfinished, made_of: object) -> None:
-    """Keep of an earlier attempt its finished files, if it was made of the same, and no other."""
-    path, ledger = making.path, making.ledger
+def _require_ours(part: Path, name: str) -> None:
+    """Raise CheckpointError unless `part` is what an interruption at any moment may leave."""
+    kinds = {}
+    if is_folder := stat.S_ISDIR(os.lstat(part).st_mode):
+        kinds = {entry: os.lstat(part / entry).st_mode for entry in os.listdir(part)}
+    ours = is_folder and kinds.keys() <= {LEDGER, name}
+    if ours and LEDGER in kinds:
+        ours = stat.S_ISREG(kinds[LEDGER])
+        said = (part / LEDGER).read_bytes()[: len(MAGIC)] if ours else b""
+        ours = ours and (said == MAGIC.encode() or (said == b"" and name not in kinds))
+    if ours and name in kinds:
+        ours = LEDGER in kinds and stat.S_ISDIR(kinds[name])
+    if not ours:
+        raise CheckpointError(f"{part} is in the way, and not what this program left: move it")
+
+
+def _begin(making: Unfinished, folder: Path, made_of: object) -> dict[str, FilePrint]:
+    """What the ledger says is finished of an earlier attempt at the same; else begin anew."""
+    ledger = making.ledger
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     ledger.seek(0)
     before, *lines = ledger.read().split("\n")
-    if made_of is None or before != key:
-        shutil.rmtree(path, ignore_errors=True)
+    if made_of is None or before != f"{MAGIC} {key}":
+        if making.path.exists():
+            shutil.rmtree(making.path)
         ledger.truncate(0)
-        ledger.write(f"{key}\n")
+        ledger.write(f"{MAGIC} {key}\n")
+        ledger.flush()
+        os.fsync(ledger.fileno())
         lines = []
     elif lines and lines[-1]:  # torn
         ledger.write("\n")
-    path.mkdir(exist_ok=True)
-    recorded = dict(filter(None, map(_recorded, lines)))
-    names = [name for name, file in recorded.items() if _size(path / name) == file.size]
-    there, size = 0, sum(recorded[name].size for name in names)
-    for name, sha256 in zip(names, hash_files(path, names), strict=True):
-        there += recorded[name].size
-        making.progress("checking what is there", there, size)
-        if sha256 == recorded[name].sha256:
-            making.done[name] = recorded[name]
-    for below, _, files in os.walk(path):
-        for file in (Path(below, name) for name in files):
-            if file.relative_to(path).as_posix() not in making.done:
-                file.unlink()
+    if not making.path.exists():
+        making.path.mkdir()
+        if folder.exists():
+            _like(making.path, folder)
+    return dict(filter(None, map(_recorded, lines)))
 
 
 def _recorded(line: str) -> tuple[str, FilePrint] | None:
@@ -184,9 +203,61 @@ def _recorded(line: str) -> tuple[str, FilePrint] | None:
     return None
 
 
-def _silent(what: str, done: int, total: int | None) -> None:
-    """No progress."""
+def _keep_sound(making: Unfinished, recorded: Mapping[str, FilePrint]) -> None:
+    """Have in `done`, and in the folder, those finished files that are what they were."""
+    path = making.path
+    _clean(path, recorded)
+    names = [name for name, file in recorded.items() if _size(path / name) == file.size]
+    there, size = 0, sum(recorded[name].size for name in names)
+    if names:
+        making.progress("checking what is there", there, size)
+    for name, sha256 in zip(names, hash_files(path, names), strict=True):
+        there += recorded[name].size
+        making.progress("checking what is there", there, size)
+        if sha256 == recorded[name].sha256:
+            making.done[name] = recorded[name]
+    _clean(path, making.done)
+
+
+def _clean(path: Path, keep: Collection[str]) -> None:
+    """Remove what is below `path` but for the regular files `keep` and the folders they are in."""
+    needed = {parent.as_posix() for name in keep for parent in PurePosixPath(name).parents}
+    for below, folders, files in os.walk(path):
+        for name in [*folders, *files]:
+            entry = Path(below, name)
+            kind, place = os.lstat(entry).st_mode, entry.relative_to(path).as_posix()
+            if not stat.S_ISDIR(kind):
+                if not stat.S_ISREG(kind) or place not in keep:
+                    entry.unlink()
+            elif place not in needed:
+                shutil.rmtree(entry)
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
+    """Of a file that `_clean` left; -1 where there is none."""
+    return path.stat().st_size if path.exists() else -1
+
+
+def _like(path: Path, folder: Path) -> None:
+    """Give `path` the group, where that is allowed, and the mode of the `folder` it replaces."""
+    model = folder.stat()
+    with suppress(PermissionError):
+        os.chown(path, -1, model.st_gid)
+    path.chmod(stat.S_IMODE(model.st_mode))
+
+
+def _require_room(making: Unfinished, folder: Path) -> None:
+    left = making.size - sum(file.size for file in making.done.values())
+    if shutil.disk_usage(making.path).free < left:
+        raise CheckpointError(f"{folder.parent} has no room for {-(-left // 10**6):,} MB")
+
+
+def _remove(part: Path, name: str) -> None:
+    """What is left of `part` is still known for what it is, should something refuse to go."""
+    shutil.rmtree(part / name, ignore_errors=True)
+    if not os.path.lexists(part / name):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _silent(what: str, done: int, total: int | None) -> None:
+    """No progress."""

@@ -49,24 +49,26 @@ class Target(NamedTuple):
 class Weights:
     """The tensors of `folder`: `headers` by name without the scales, which are `scales` by weight.
 
-    `quantization` is what config.json announces, `nbytes` the size of all files, `identity` their
-    names, sizes and times of change. Raises CheckpointError where there are no weights, only
-    pickles, a damaged file, or an index that names a file outside the folder or a tensor that its
-    file does not hold; and where a weight in FP8 has no scales, or scales have no such weight.
+    `quantization` is what config.json announces, `nbytes` the size of all files; `identity`, JSON,
+    says of each where it is and when it changed. Raises CheckpointError where there are no weights,
+    only pickles, a damaged file, or an index that names a file outside the folder or a tensor that
+    its file does not hold; and where a weight in FP8 has no scales, or scales have no such weight.
     """
 
     def __init__(self, folder: Path, quantization: Quantization | None):
         self.folder = folder
         self.quantization = quantization
-        self.identity: list[tuple[str, int, int]] = []
+        self.nbytes = 0
+        self.identity: dict[str, tuple] = {}
         self._pool = ThreadPoolExecutor()
         index = _read_index(folder)
+        self.indexed = bool(index)
         found: dict[str, Tensor] = {}
         for file in sorted(set(index.values())) or [SINGLE]:
             path = inside(folder, file)
-            tensors = read_header(path).tensors
-            now = path.stat()
-            self.identity.append((file, now.st_size, now.st_mtime_ns))
+            self.identity[file] = _identity(path)
+            tensors = read_header(path)
+            self.nbytes += path.stat().st_size
             for name, tensor in tensors.items():
                 if name in found:
                     files = f"{found[name].file.name} and in {file}"
@@ -75,7 +77,6 @@ class Weights:
         for name, file in index.items():
             if name not in found or found[name].file.name != file:
                 raise CheckpointError(f"{folder / INDEX} places {name} in {file}, which lacks it")
-        self.nbytes = sum(size for _, size, _ in self.identity)
         self._tensors = found
         self.headers = {n: t for n, t in found.items() if not n.endswith(hub.SCALES)}
         self.scales = {
@@ -145,6 +146,13 @@ class Weights:
         yield first.read_bytes(-first.begin, 0)
         for name in names:
             yield from self.stored(name)
+        self.require_unchanged()
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError where a file is another than the one whose header was read."""
+        for file, identity in self.identity.items():
+            if _identity(self.folder / file) != identity:
+                raise CheckpointError(f"{self.folder / file} changed while it was read")
 
     def _require_numbers(self, name: str, part: np.ndarray) -> None:
         """CheckpointError unless these scales, or codes of E4M3, are what may be multiplied."""
@@ -229,6 +237,16 @@ class Weights:
             )  # fmt: skip
 
 
+def _identity(path: Path) -> tuple:
+    """What no other file has, nor the same one with another content; None of one that is gone."""
+    try:
+        now = path.stat()
+    except OSError:
+        return (None,)
+    where = str(path.resolve()), now.st_dev, now.st_ino
+    return *where, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
 def usable(scales: np.ndarray) -> np.ndarray:
     """Where E4M3 · scale and its division by the scale are exact in FP32."""
     return (scales >= FP32.tiny) & (scales <= FP32.max / 448)
@@ -292,8 +310,7 @@ def _is_odd(path: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError naming the file for anything else."""
-    if _is_odd(path):
-        raise CheckpointError(f"{path} is no regular file")
+    inside(path.parent, path.name)
     try:
         content = json.loads(path.read_text("utf-8"), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:

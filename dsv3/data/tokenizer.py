@@ -63,7 +63,8 @@ class Tokenizer:
     """A tokenizer.json, given as text. `origin` names it in errors.
 
     Attributes `bos eos pad fim_hole fim_begin fim_end user assistant`: ids of those tokens.
-    `vocab_size`: every id is below it. `definition`, `digest`: the JSON and its SHA-256.
+    `special`: how special tokens are spelled. `vocab_size`: every id is below it. `definition`,
+    `digest`: the JSON and its SHA-256.
     Raises DataError where it is no tokenizer, lacks a special token or does not reproduce text.
     """
 
@@ -92,9 +93,10 @@ class Tokenizer:
             raise DataError(f"{origin} lacks the special tokens {', '.join(missing)}")
         for name, token in SPECIAL_TOKENS.items():
             setattr(self, name, ids[token])
-        special = {token.content for token in self._decoder.get_added_tokens_decoder().values()}
+        added = self._decoder.get_added_tokens_decoder().values()
+        self.special = frozenset(token.content for token in added)
         probe = self.encode(PROBE)
-        if self.decode(probe) != PROBE or {ids[token] for token in special} & set(probe):
+        if self.decode(probe) != PROBE or {ids[token] for token in self.special} & set(probe):
             raise DataError(f"{origin} does not reproduce text exactly; a byte-level BPE would")
 
     def encode(self, text: str) -> list[int]:

@@ -121,9 +121,11 @@ def generate(
     propose tokens ahead (`speculative`), which changes no greedy completion, nor the distribution
     of others.
 
-    Raises PromptError for a prompt that is empty or leaves no room, ConfigError for a number or a
-    cache that cannot be, CheckpointError for a model whose logits are no numbers.
+    Raises PromptError for a prompt that is empty, leaves no room or holds what is no id of the
+    model, ConfigError for a number or a cache that cannot be, CheckpointError for a model whose
+    logits are no numbers.
     """
+    _require_ids(prompts, model.config.vocab)
     length_B, limit_B = _room(prompts, max_tokens, context)
     if not 0 <= seed < 2**31:
         raise ConfigError(f"seed = {seed} must lie in [0, 2^31)")
@@ -158,6 +160,13 @@ def generate(
         state = state._replace(stopped_B=jax.device_put(stopped_B, state.stopped_B.sharding))
         seen = seen._replace(stopped_B=stopped_B)
     return _completions(seen, prompts, found)
+
+
+def _require_ids(prompts: Sequence[Sequence[int]], vocab: int) -> None:
+    for row, prompt in enumerate(prompts):
+        for token in prompt:
+            if not isinstance(token, int | np.integer) or not 0 <= token < vocab:
+                raise PromptError(f"prompt {row} holds {token!r}, no id from 0 to {vocab - 1}")
 
 
 def _room(

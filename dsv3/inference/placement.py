@@ -77,12 +77,14 @@ def place(
     """Place `slots` replicas of E experts on `devices` by their loads, in any unit.
 
     Raises ConfigError where slots, devices, nodes or groups do not divide, DataError for loads
-    that are negative or not finite.
+    that are negative or not finite, or where there are none.
     """
     load_LE = np.asarray(load_LE, np.float64)
     if load_LE.ndim != 2 or not (np.isfinite(load_LE) & (load_LE >= 0)).all():
         raise DataError("loads must be numbers [layers, experts], finite and not negative")
     layers, experts = load_LE.shape
+    if not layers:
+        raise DataError("there are no loads: the model has no MoE layer")
     if groups < 1 or nodes < 1 or groups % nodes:
         groups, nodes = 1, 1
     _check(experts, slots, groups, nodes, devices)

@@ -10,7 +10,15 @@ from safetensors.numpy import load_file, save_file
 
 from dsv3.checkpoint import hub, huggingface
 from dsv3.checkpoint.manifest import name_leaves
-from dsv3.checkpoint.safetensors_file import METADATA, Tensor, read_header, save
+from dsv3.checkpoint.safetensors_file import (
+    DTYPES,
+    METADATA,
+    Entry,
+    Tensor,
+    bytes_of,
+    file_bytes,
+    read_header,
+)
 from dsv3.checkpoint.weights import INDEX, SINGLE
 from dsv3.config import Model
 from dsv3.errors import CheckpointError
@@ -24,11 +32,20 @@ def golden(case: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / f"{case}.npz"))
 
 
+def save(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a new file, as exports do."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    entries = {name: Entry(names[array.dtype], array.shape) for name, array in tensors.items()}
+    with open(file, "xb") as opened:
+        for part in file_bytes(entries, metadata, tensors.values()):
+            opened.write(bytes_of(part))
+
+
 def stored(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, as its files have them."""
     found = {}
     for file in folder.glob("*.safetensors"):
-        found |= read_header(file).tensors
+        found |= read_header(file)
     return found
 
 

@@ -13,7 +13,7 @@ from dsv3.checkpoint import exporting, hub, hub_config, huggingface
 from dsv3.checkpoint.folder import Folder
 from dsv3.checkpoint.hub_config import DEEPSEEK_FP8
 from dsv3.checkpoint.manifest import name_leaves
-from dsv3.checkpoint.safetensors_file import METADATA, save
+from dsv3.checkpoint.safetensors_file import METADATA
 from dsv3.checkpoint.store import Store
 from dsv3.checkpoint.trained import restore
 from dsv3.errors import CheckpointError
@@ -24,6 +24,7 @@ from tests.checkpoint.folders import (
     golden,
     in_hub_layout,
     rewrite,
+    save,
     stored,
 )
 

@@ -163,7 +163,7 @@ def test_files_are_as_large_as_allowed_and_indexed(tmp_path):
     places = json.loads((out / INDEX).read_text())
     sizes = {}
     for file in files:
-        tensors = read_header(file).tensors
+        tensors = read_header(file)
         assert tensors.keys() == {n for n, at in places["weight_map"].items() if at == file.name}
         sizes |= {name: tensor.nbytes for name, tensor in tensors.items()}
         assert sum(tensor.nbytes for tensor in tensors.values()) <= 50_000
@@ -249,7 +249,7 @@ def test_errors_name_the_folder_that_was_asked_for(folder, tmp_path, capsys, mon
         with pytest.raises(SystemExit):
             run(command, "--hf", folder, option, tmp_path / "new")
         error = capsys.readouterr().err
-        assert f"{tmp_path / 'new'}" in error and "No space left" in error and ".part" not in error
+        assert f"{tmp_path / 'new'}: No space left" in error
         assert [path.name for path in tmp_path.iterdir() if ".part" in path.name] == []
 
 
@@ -280,7 +280,7 @@ def test_export_wants_a_run_with_a_checkpoint_and_room(tmp_path, capsys, monkeyp
     (tmp_path / "config.gin").write_text("")
     assert "no checkpoint in" in refusal("--workdir", tmp_path)
     groups = ("--hf", GOLDEN / "groups")
-    for size in ("0", "nan", "inf"):
+    for size in ("0", "nan", "inf", "1e300"):
         assert f"--shard-gb {float(size)} must" in refusal(*groups, "--shard-gb", size)
     assert "invalid choice: 'float8'" in refusal(*groups, "--dtype", "float8")
     assert "required" in refusal()

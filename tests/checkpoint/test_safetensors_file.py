@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from dsv3.checkpoint.safetensors_file import METADATA, Entry, file_bytes, read_header, save
+from dsv3.checkpoint.safetensors_file import METADATA, Entry, file_bytes, read_header
 from dsv3.errors import CheckpointError
+from tests.checkpoint.folders import save
 
 TENSORS = {
     "matrix": np.arange(15, dtype=np.float32).reshape(5, 3),
@@ -32,25 +33,24 @@ def assert_equal(found, wanted):
 def test_reads_what_the_library_writes_and_the_other_way(tmp_path):
     save_file(TENSORS, tmp_path / "theirs", metadata={"a": "b"})
     theirs = read_header(tmp_path / "theirs")
-    assert theirs.metadata == {"a": "b"}
-    assert_equal({name: t.read() for name, t in theirs.tensors.items()}, TENSORS)
+    assert_equal({name: tensor.read() for name, tensor in theirs.items()}, TENSORS)
     save(tmp_path / "ours", TENSORS, METADATA)
     assert_equal(load_file(tmp_path / "ours"), TENSORS)
     codes = np.arange(6, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).reshape(2, 3)
     save(tmp_path / "fp8", {"codes": codes}, {})
-    assert_equal({"codes": read_header(tmp_path / "fp8").tensors["codes"].read()}, {"codes": codes})
+    assert_equal({"codes": read_header(tmp_path / "fp8")["codes"].read()}, {"codes": codes})
 
 
 def test_reads_rows(tmp_path):
     save(tmp_path / "file", TENSORS, METADATA)
-    tensor = read_header(tmp_path / "file").tensors["matrix"]
+    tensor = read_header(tmp_path / "file")["matrix"]
     np.testing.assert_array_equal(tensor.read(slice(1, 4)), TENSORS["matrix"][1:4])
     assert tensor.read(slice(2, 2)).shape == (0, 3)
 
 
 def test_a_file_cut_short_while_it_is_read(tmp_path):
     save(tmp_path / "file", TENSORS, METADATA)
-    tensors = read_header(tmp_path / "file").tensors
+    tensors = read_header(tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
     (tmp_path / "file").write_bytes(content[:-4])
     with pytest.raises(CheckpointError, match="became shorter"):
@@ -108,7 +108,7 @@ def changed(name="b", **fields):
     ],
 )
 def test_a_header_that_lies_is_refused(tmp_path, header, data, fault):
-    assert read_header(write(tmp_path / "good", GOOD)).tensors.keys() == GOOD.keys()
+    assert read_header(write(tmp_path / "good", GOOD)).keys() == GOOD.keys()
     with pytest.raises(CheckpointError) as caught:
         read_header(write(tmp_path / "file", header, data))
     assert f"{tmp_path / 'file'} is damaged or no safetensors file: " in str(caught.value)
@@ -135,7 +135,7 @@ def test_a_flipped_bit_of_the_header_is_refused_or_leaves_readable_tensors(
     content[at % len(content)] ^= 1 << bit
     file.write_bytes(content)
     try:
-        tensors = read_header(file).tensors
+        tensors = read_header(file)
     except CheckpointError as error:
         assert str(file) in str(error)
         return

@@ -1,20 +1,26 @@
 """Folders that are made file by file: interrupted, killed, damaged in between, and gone on with."""
 
+import dataclasses
+import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dsv3.checkpoint import exporting, huggingface
+from dsv3.checkpoint import unfinished as module
 from dsv3.checkpoint.importing import HUB
 from dsv3.checkpoint.unfinished import LEDGER, unfinished
 from dsv3.errors import CheckpointError
-from tests.checkpoint.folders import GOLDEN
+from tests.checkpoint.folders import GOLDEN, assert_same_tensors
+from tests.checkpoint.states import fails
 
 ROOT = Path(__file__).parents[2]
 FILES = {"a": [b"one", b"two"], "sub/b": [b"three"], "sub/c d": [b"four", b"", b"five"]}
@@ -84,44 +90,125 @@ def test_an_interruption_at_every_part_loses_one_file_at_most(tmp_path):
         alone(folder)
 
 
-def test_an_error_leaves_nothing_even_of_an_earlier_attempt(tmp_path):
+def test_an_error_leaves_nothing_where_nothing_is_finished(tmp_path):
     folder = tmp_path / "made"
-    interrupted(folder)
-    with pytest.raises(CheckpointError, match="NaN"):
-        Making(0, CheckpointError("NaN"))(folder)
-    with pytest.raises(CheckpointError, match=f"{folder}/sub: No space left"):
-        Making(5, OSError(28, "No space left", str(tmp_path / ".made.part/made/sub")))(folder)
+    with pytest.raises(CheckpointError, match=r"^NaN$"):
+        Making(1, CheckpointError("NaN"))(folder)
     assert not list(tmp_path.iterdir())
     folder.mkdir()
     Making()(folder)
     alone(folder)
 
 
+def test_an_error_keeps_what_is_finished_and_says_so(tmp_path):
+    folder, part = tmp_path / "made", tmp_path / ".made.part"
+    full = OSError(28, "No space left", str(part / "made" / "sub"))
+    said = f"{folder}: {part}/made/sub: No space left; the same command goes on with what {part}"
+    with pytest.raises(CheckpointError, match=f"^{said} has$"):
+        Making(5, full)(folder)
+    with pytest.raises(CheckpointError, match=f"^NaN; the same command goes on with what {part}"):
+        Making(0, CheckpointError("NaN"))(folder)
+    going_on = Making()
+    going_on(folder)
+    assert going_on.taken == [b"four", b"", b"five"]
+    alone(folder)
+
+
+def test_an_interruption_while_files_are_checked_keeps_them(tmp_path):
+    interrupted(folder := tmp_path / "made")
+
+    def stop(*told):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        with unfinished(folder, 20, "these", stop):
+            pass
+    going_on = Making()
+    going_on(folder)
+    assert len(going_on.taken) == 3
+
+
+def test_an_interruption_behind_the_end_leaves_what_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "fsync_directory", fails(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        Making()(tmp_path / "made")
+    alone(tmp_path / "made")
+
+
 def test_what_was_harmed_in_between_is_made_again(tmp_path):
     part = interrupted(folder := tmp_path / "made")
-    file = part / "made" / "a"
-    file.write_bytes(b"onetwO")
-    (part / "made" / "stray").write_text("of an older attempt")
+    made = part / "made"
+    (made / "a").write_bytes(b"onetwO")
+    (made / "stray").write_text("of an older attempt")
+    (made / "folder" / "within").mkdir(parents=True)
+    (made / "sub" / "link").symlink_to("/etc")
+    os.mkfifo(made / "sub" / "pipe")
     with open(part / LEDGER, "a") as ledger:
         ledger.write("9 beef sub/c")  # torn
     going_on = Making()
     going_on(folder)
     assert going_on.taken == [b"one", b"two", b"four", b"", b"five"]
     alone(folder)
+    assert sorted(path.name for path in folder.rglob("*")) == ["a", "b", "c d", "note", "sub"]
 
 
-@pytest.mark.parametrize("harm", ["emptied", "noise", "gone"])
-def test_without_its_ledger_nothing_is_believed(tmp_path, harm):
-    ledger = interrupted(folder := tmp_path / "made") / LEDGER
-    if harm == "gone":
-        shutil.rmtree(ledger.parent / "made")
-        ledger.unlink()
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_finished_file_that_is_none_any_more_is_made_again(tmp_path, kind):
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"onetwo")
+    part = interrupted(folder := tmp_path / "there" / "made")
+    (part / "made" / "a").unlink()
+    if kind == "link":
+        (part / "made" / "a").symlink_to(mine)
     else:
-        ledger.write_bytes(b"" if harm == "emptied" else bytes(range(256)))
+        (part / "made" / "a" / "b").mkdir(parents=True)
     going_on = Making()
     going_on(folder)
-    assert len(going_on.taken) == 6
+    assert len(going_on.taken) == 5 and mine.read_bytes() == b"onetwo"
     alone(folder)
+    assert not (folder / "a").is_symlink()
+
+
+HARMS = ("noise", "emptied", "gone", "link", "folder is a link", "it is a link", "a pipe", "more")
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_this_program_did_not_leave_is_left_alone(tmp_path, harm):
+    mine = tmp_path / "mine"
+    (mine / "sub").mkdir(parents=True)
+    (mine / "thesis").write_text("mine")
+    part = interrupted(folder := tmp_path / "there" / "made")
+    made, ledger = part / "made", part / LEDGER
+    if harm == "noise":
+        ledger.write_bytes(bytes(range(256)))
+    elif harm == "emptied":
+        ledger.write_bytes(b"")
+    elif harm in ("gone", "link"):
+        ledger.unlink()
+        if harm == "link":
+            ledger.symlink_to(mine / "thesis")
+    elif harm == "it is a link":
+        part.rename(tmp_path / "elsewhere")
+        part.symlink_to(tmp_path / "elsewhere")
+    elif harm == "more":
+        (part / "photos").mkdir()
+    else:
+        shutil.rmtree(made)
+        os.mkfifo(made) if harm == "a pipe" else made.symlink_to(mine)
+    before = content(tmp_path)
+    with pytest.raises(CheckpointError, match=r"\.made\.part is in the way"):
+        Making()(folder)
+    assert content(tmp_path) == before and (mine / "sub").is_dir()
+
+
+def test_what_a_kill_before_the_first_file_leaves_is_gone_over(tmp_path):
+    for name in ("nothing", LEDGER):
+        part = tmp_path / name / ".made.part"
+        part.mkdir(parents=True)
+        if name == LEDGER:
+            (part / LEDGER).touch()
+        Making()(tmp_path / name / "made")
+        alone(tmp_path / name / "made")
 
 
 def test_another_folder_under_the_same_name_begins_anew(tmp_path):
@@ -147,17 +234,28 @@ def test_two_at_once(tmp_path):
     assert content(folder) == {"mine": b""}
 
 
-def test_a_strange_folder_in_the_way_is_kept(tmp_path):
-    mine = tmp_path / ".made.part" / "mine"
-    mine.parent.mkdir()
-    mine.write_text("mine")
-    with pytest.raises(CheckpointError, match=r"\.made\.part is in the way"):
-        Making()(tmp_path / "made")
-    mine.unlink()
-    mine.parent.rmdir()
-    mine.parent.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"\.made\.part is in the way"):
-        Making()(tmp_path / "made")
+def test_places_that_cannot_be_taken_are_known_before_the_work(tmp_path, monkeypatch):
+    (folder := tmp_path / "made").mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(CheckpointError, match="is the current folder"):
+        Making()(folder)
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_mount", lambda path: path == folder)
+        with pytest.raises(CheckpointError, match="is a mount point"):
+            Making()(folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=19))
+    with pytest.raises(CheckpointError, match="has no room for 1 MB"):
+        Making()(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_an_empty_folder_keeps_its_mode(tmp_path):
+    (folder := tmp_path / "made").mkdir()
+    folder.chmod(0o2750)
+    Making()(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o2750
+    alone(folder)
 
 
 # --- imports and exports -----------------------------------------------------------------------
@@ -165,6 +263,7 @@ def test_a_strange_folder_in_the_way_is_kept(tmp_path):
 KILLED = """
 import os, signal
 from dsv3.checkpoint import exporting, huggingface
+from dsv3.checkpoint import unfinished as module
 def progress(what, done, size):
     if what != "checking what is there" and done > {share} * size:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -214,3 +313,50 @@ def test_kill_9(tmp_path, command):
     assert sorted(after) == names and sorted(os.listdir(tmp_path)) == ["hf", "out"]
     for name in names:
         assert (out / below / name).read_bytes() == (hf / name).read_bytes()
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_weights_of_the_same_names_sizes_and_times_are_other_weights(tmp_path, command):
+    source = exporting.of_folder(GOLDEN / "groups")
+    for more, name in enumerate(("one", "other")):
+
+        def read(piece, more=more):
+            return source.read(piece) + more
+
+        other = dataclasses.replace(source, weights=None, read=read)
+        exporting.export(other, tmp_path / name, shard_bytes=20_000)
+        for file in (tmp_path / name).glob("*.safetensors"):
+            os.utime(file, (1, 1))
+
+    def make(hf, until=math.inf):
+        def progress(what, done, size):
+            if done > until * size:
+                raise KeyboardInterrupt
+
+        if command == "import":
+            huggingface.import_checkpoint(hf, tmp_path / "out", progress)
+        else:
+            found = exporting.of_folder(hf)
+            exporting.export(found, tmp_path / "out", shard_bytes=30_000, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt, match="goes on"):
+        make(tmp_path / "one", 0.6)
+    make(tmp_path / "other")
+    assert_same_tensors(tmp_path / "other", tmp_path / "out" / (HUB if command == "import" else ""))
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_refused(tmp_path):
+    hf = Path(shutil.copytree(GOLDEN / "mtp_sharded", tmp_path / "hf"))
+    last = max(hf.glob("*.safetensors"))
+
+    def replace(*told):
+        shutil.copyfile(last, tmp_path / "new")
+        (tmp_path / "new").rename(last)
+
+    def export(source, out, progress):
+        exporting.export(exporting.of_folder(source), out, progress=progress)
+
+    for make in (huggingface.import_checkpoint, export):
+        with pytest.raises(CheckpointError, match=f"{last} changed while it was read"):
+            make(hf, tmp_path / "out", replace)
+        assert not (tmp_path / "out").exists()
