@@ -26,10 +26,9 @@ MIN_BLOCK = 4  # rows: blocks for fewer tokens than a whole one are multiples of
 
 
 @recomputed
-def gated_swiglu(both_PN: Array, gate_P: Array) -> Array:
-    """The hidden activation of every row, times the gate of its token: [P, M] from [P, 2 M]."""
-    a_PM, b_PM = jnp.split(both_PN, 2, axis=-1)
-    return (swiglu(a_PM, b_PM) * gate_P[:, None]).astype(both_PN.dtype)
+def gated_swiglu(a_PM: Array, b_PM: Array, gate_P: Array) -> Array:
+    """The hidden activation of every row, times the gate of its token."""
+    return (swiglu(a_PM, b_PM) * gate_P[:, None]).astype(b_PM.dtype)
 
 
 class RoutedExperts(nnx.Module):
@@ -67,18 +66,19 @@ def experts_here(
     layout = layout_of(experts_XK, experts, block, most)
     layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
     x_PD = save_as("dispatch", dispatch(dot.wire, u_XD, layout))
-    both_PN = dot.after_dispatch.grouped(x_PD, (gate_EDM, up_EDM), layout.expert_Z)
+    both_PM = dot.after_dispatch.grouped(x_PD, (gate_EDM, up_EDM), layout.expert_Z)
     gate_P = dispatch_gates(gates_XK, layout)
-    both_PN = save_as("swiglu_in", both_PN)
+    both_PM = [save_as("swiglu_in", y_PM) for y_PM in both_PM]
     second_half = dot.from_cache(functools.partial(_second_half, dot.before_combine))
-    y_PD = second_half(both_PN, gate_P, down_EMD, layout.expert_Z)
+    y_PD = second_half(both_PM, gate_P, down_EMD, layout.expert_Z)
     return combine(dot.gradient_wire, y_PD, layout)
 
 
 def _second_half(
-    dot: DotRule, both_PN: Array, gate_P: Array, down_EMD: Array, expert_Z: Array
+    dot: DotRule, both_PM: list[Array], gate_P: Array, down_EMD: Array, expert_Z: Array
 ) -> Array:
-    return dot.grouped(gated_swiglu(both_PN, gate_P), [down_EMD], expert_Z)
+    [y_PD] = dot.grouped(gated_swiglu(*both_PM, gate_P), [down_EMD], expert_Z)
+    return y_PD
 
 
 class MoeFfn(nnx.Module):

@@ -1,6 +1,7 @@
 """The BF16 dot rule, and the choice of a rule by configuration. See `rule` for the contract."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,6 @@ from dsv3.numerics.rule import (
     LinearMap,
     PlainWire,
     blocks,
-    ends_of,
     expert_gradients,
     times_experts,
 )
@@ -97,9 +97,9 @@ class PlainDot(LinearMap):
     def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(_linear(x_XI, w_IO) for w_IO in ws)
 
-    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Array:
-        """y_PO in x's dtype: rows of block z times w_EIO[expert_Z[z]] for each w of `ws`, side by
-        side; blocks are P / Z rows."""
+    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
+        """y_PO in x's dtype for each w of `ws`: rows of block z times w_EIO[expert_Z[z]]; blocks
+        are P / Z rows. One product with all weights side by side."""
         return _grouped(self.mosaic and x_PI.dtype == jnp.bfloat16, x_PI, tuple(ws), expert_Z)
 
 
@@ -135,16 +135,19 @@ _linear.defvjp(_linear_forward, _linear_backward)
 def _grouped(mosaic, x_PI, ws, expert_Z):
     w_EIO = jnp.concatenate(ws, axis=-1).astype(x_PI.dtype)
     if mosaic:
-        return _mosaic().times_experts(x_PI, w_EIO, expert_Z)
-    return _times_experts(x_PI, w_EIO, expert_Z, w_EIO.shape[2], FPROP)
+        y_PO = _mosaic().times_experts(x_PI, w_EIO, expert_Z)
+    else:
+        y_PO = _times_experts(x_PI, w_EIO, expert_Z, w_EIO.shape[2], FPROP)
+    return _apart(y_PO, ws)
 
 
 def _grouped_forward(mosaic, x_PI, ws, expert_Z):
     return _grouped(mosaic, x_PI, ws, expert_Z), (x_PI, ws, expert_Z)
 
 
-def _grouped_backward(mosaic, residuals, dy_PO):
+def _grouped_backward(mosaic, residuals, dys):
     x_PI, ws, expert_Z = residuals
+    dy_PO = jnp.concatenate(dys, axis=-1)
     w_EIO = jnp.concatenate(ws, axis=-1).astype(dy_PO.dtype)
     if mosaic:
         dx_PI = _mosaic().times_experts(dy_PO, w_EIO, expert_Z, transposed=True)
@@ -153,8 +156,14 @@ def _grouped_backward(mosaic, residuals, dy_PO):
         dx_PI = _times_experts(dy_PO, w_EIO, expert_Z, w_EIO.shape[1], DGRAD)
         x_ZbI, dy_ZbO = blocks(x_PI, expert_Z), blocks(dy_PO, expert_Z)
         dw_EIO = expert_gradients(contract_rows, x_ZbI, dy_ZbO, expert_Z, w_EIO.shape)
-    dws = jnp.split(dw_EIO, ends_of(ws), axis=-1)
+    dws = _apart(dw_EIO, ws)
     return dx_PI, tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True)), None
+
+
+def _apart(joined: Array, ws: Sequence[Array]) -> tuple[Array, ...]:
+    """What lies side by side, as the weights do."""
+    ends = itertools.accumulate(w.shape[-1] for w in ws[:-1])
+    return tuple(jnp.split(joined, list(ends), axis=-1))
 
 
 def _times_experts(x_PI, w_EIO, expert_Z, outputs, multiply):

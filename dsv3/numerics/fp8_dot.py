@@ -27,7 +27,7 @@ from dsv3.config import Fp8Dot, HopperAccumulator
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize, quantize
 from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted, Recipe
-from dsv3.numerics.rule import Formats, LinearMap, PlainWire, ends_of
+from dsv3.numerics.rule import Formats, LinearMap, PlainWire
 
 CACHED = "fp8"  # the name of cached activations for rematerialisation policies
 
@@ -112,7 +112,7 @@ class Fp8Rule(LinearMap):
     def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
         return _linear(self, x_XI, ws)
 
-    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Array:
+    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
         return _grouped(self, x_PI, tuple(ws), expert_Z)
 
     def from_cache(self, function: Callable[..., Array]) -> Callable[..., Array]:
@@ -214,7 +214,9 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(rule: Fp8Rule, x_PI: Array, ws: tuple[Array, ...], expert_Z: Array) -> Array:
+def _grouped(
+    rule: Fp8Rule, x_PI: Array, ws: tuple[Array, ...], expert_Z: Array
+) -> tuple[Array, ...]:
     return _grouped_forward(rule, x_PI, ws, expert_Z)[0]
 
 
@@ -222,23 +224,22 @@ def _grouped_forward(rule, x_PI, ws, expert_Z):
     backend, q = rule.backend, rule.backend.quantize(x_PI, rule.activation)
     x = backend.rows(q, rule.activation, 1, expert_Z)
     weights = [backend.weights(w_EIO, rule.weight, 0) for w_EIO in ws]
-    ys = [backend.times_experts(x, w, expert_Z, x_PI.dtype) for w in weights]
-    return jnp.concatenate(ys, axis=-1), (rule.keep(x_PI, q), ws, expert_Z)
+    ys = tuple(backend.times_experts(x, w, expert_Z, x_PI.dtype) for w in weights)
+    return ys, (rule.keep(x_PI, q), ws, expert_Z)
 
 
-def _grouped_backward(rule, residuals, dy_PO):
-    """Each weight's gradients are grouped on their own, so that no group spans two weights."""
+def _grouped_backward(rule, residuals, dys):
     kept, ws, expert_Z = residuals
     backend = rule.backend
     x = backend.rows(rule.cached(kept), rule.column, 0, expert_Z)
-    dx_PI, dws = jnp.zeros((dy_PO.shape[0], ws[0].shape[1]), jnp.float32), []
-    for w_EIO, dy in zip(ws, jnp.split(dy_PO, ends_of(ws), axis=-1), strict=True):
-        rows, columns = backend.rows_both_ways(dy, rule.gradient, rule.gradient_column, expert_Z)
+    dx_PI, dws = 0.0, []
+    for w_EIO, dy_PO in zip(ws, dys, strict=True):
+        rows, columns = backend.rows_both_ways(dy_PO, rule.gradient, rule.gradient_column, expert_Z)
         weights = backend.weights(w_EIO, rule.weight, 1)
         dx_PI += backend.times_experts(rows, weights, expert_Z, jnp.float32)
         dw_EIO = backend.expert_gradients(x, columns, expert_Z, w_EIO.shape[0])
         dws.append(dw_EIO.astype(w_EIO.dtype))
-    return dx_PI.astype(dy_PO.dtype), tuple(dws), None
+    return jnp.asarray(dx_PI).astype(dys[0].dtype), tuple(dws), None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)

@@ -4,8 +4,8 @@ Every linear map of the model is a product of the last axis or of grouped rows; 
 
     last_axis(x, *ws)            y[..., O] = x[..., I] · w[I, O] for each of several weights
     dot_general(x, w, dims)      one of them, shaped like `lax.dot_general`
-    grouped(x_PI, ws, e_Z)       block z of x's rows times w[e_Z[z]], for each of several weights
-                                 w_EIO, the outputs side by side: experts, sorted and padded
+    grouped(x_PI, ws, e_Z)       block z of x's rows times w_EIO[e_Z[z]] for each of several
+                                 weights: experts, sorted and padded
 
 Contract. `x` is in the compute dtype and so is `y`. `w` is the stored master weight, in any
 precision; casting it is the rule's business. Products accumulate in FP32, the weight gradient
@@ -29,7 +29,6 @@ expert on CPU and CUDA. Gathering a weight for every block materialises [Z, I, O
 one block and one expert at a time, stops at the last block in use, and costs what its products do.
 """
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,7 +102,7 @@ class DotRule(Protocol):
         preferred_element_type: Any = None, out_sharding: Any = None,
     ) -> Array: ...  # fmt: skip
 
-    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Array: ...
+    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Sequence[Array]: ...
 
 
 class LinearMap(ABC):
@@ -176,8 +175,3 @@ def expert_gradients(
 
 def _at(tree: Any, index: Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def ends_of(ws: Sequence[Array]) -> list[int]:
-    """Where the outputs of weights side by side are cut."""
-    return list(itertools.accumulate(w.shape[-1] for w in ws))[:-1]

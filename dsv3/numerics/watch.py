@@ -31,7 +31,7 @@ from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize
 from dsv3.numerics.fp8_dot import Fp8Rule
 from dsv3.numerics.products import in_blocks
-from dsv3.numerics.rule import PlainWire, Wire, blocks, ends_of
+from dsv3.numerics.rule import PlainWire, Wire, blocks
 
 OPERANDS = ("activation", "weight", "gradient", "activation_column", "gradient_column")
 SUMS = ("nonzero", "underflow", "saturated", "error", "power")
@@ -52,7 +52,7 @@ class Watched(Fp8Rule):
     def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
         return _watched(self, x_XI, ws, None)
 
-    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Array:
+    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
         return _watched(self, x_PI, tuple(ws), expert_Z)
 
     @property
@@ -81,15 +81,14 @@ def _watched_forward(rule, x, ws, expert_Z):
     return _watched(rule, x, ws, expert_Z), (x, ws, expert_Z)
 
 
-def _watched_backward(rule, residuals, dy):
+def _watched_backward(rule, residuals, dys):
     x, ws, expert_Z = residuals
-    [dx] = jax.vjp(lambda x: _plain(rule, x, ws, expert_Z), x)[1](dy)
+    [dx] = jax.vjp(lambda x: _plain(rule, x, ws, expert_Z), x)[1](dys)
     if expert_Z is None:
         one = jnp.zeros(1, jnp.int32)
-        found = [_report(rule, x, w[None], d, one)[0] for w, d in zip(ws, dy, strict=True)]
+        found = [_report(rule, x, w[None], dy, one)[0] for w, dy in zip(ws, dys, strict=True)]
     else:
-        dys = jnp.split(dy, ends_of(ws), axis=-1)
-        found = [_report(rule, x, w, d, expert_Z) for w, d in zip(ws, dys, strict=True)]
+        found = [_report(rule, x, w, dy, expert_Z) for w, dy in zip(ws, dys, strict=True)]
     return dx, tuple(found), None
 
 

@@ -211,7 +211,7 @@ def test_the_reports_policy(small, fill, routed):
         ("routing", f"{rows}"): 1,
         ("routing", f"{blocks}"): 1,
         ("dispatch", f"{rows},{small.width}"): 1,
-        ("swiglu_in", f"{rows},{2 * moe.expert_width}"): 1,  # gate and up in one
+        ("swiglu_in", f"{rows},{moe.expert_width}"): 2,
         ("swiglu_in", f"{B},{T},{moe.shared_experts * moe.expert_width}"): 2,
     }
     dense = {("swiglu_in", f"{B},{T},{small.dense_width}"): 2}

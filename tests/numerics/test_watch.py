@@ -79,7 +79,7 @@ def test_experts_report_apart_and_padding_is_nothing():
     x, dy = (jnp.where(padding[:, None], 0, rows) for rows in (x, dy))
     w = spread(1, EXPERTS, 200, 136)
     rule = Watched(**vars(RULE.after_dispatch.before_combine))
-    _, vjp = jax.vjp(lambda x, w: rule.grouped(x, [w], EXPERT_Z), x, w)
+    _, vjp = jax.vjp(lambda x, w: rule.grouped(x, [w], EXPERT_Z)[0], x, w)
     dx, report = jax.jit(vjp)(dy)
     assert dx.shape == x.shape
     for expert in range(EXPERTS):
@@ -108,8 +108,8 @@ def test_experts_multiply_the_same_bytes_whether_rounded_on_the_wire_or_on_arriv
 
     def experts(rule, u):
         x = dispatch(rule.wire, u, layout)
-        hidden = rule.after_dispatch.grouped(x, [first], layout.expert_Z)
-        y = rule.before_combine.grouped(hidden, [second], layout.expert_Z)
+        [hidden] = rule.after_dispatch.grouped(x, [first], layout.expert_Z)
+        [y] = rule.before_combine.grouped(hidden, [second], layout.expert_Z)
         return combine(rule.gradient_wire, y, layout)
 
     @jax.jit

@@ -21,9 +21,8 @@ def results(rule, x, ws, dy, expert_Z=None):
     """The product, and the gradients of x and of the weights."""
 
     def product(x, *ws):
-        if expert_Z is not None:
-            return rule.grouped(x, ws, expert_Z)
-        return jnp.concatenate(rule.last_axis(x, *ws), axis=-1)
+        ys = rule.last_axis(x, *ws) if expert_Z is None else rule.grouped(x, ws, expert_Z)
+        return jnp.concatenate(ys, axis=-1)
 
     y, vjp = jax.vjp(product, x, *ws)
     return y, *vjp(dy)
