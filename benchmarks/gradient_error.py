@@ -33,7 +33,7 @@ from dsv3.data.prepare import prepare
 from dsv3.errors import exits_cleanly
 from dsv3.model.transformer import Transformer
 from dsv3.numerics.dot import PlainDot
-from dsv3.numerics.fp8 import dequantize, quantize
+from dsv3.numerics.fp8 import Quantized, dequantize, quantize
 from dsv3.numerics.fp8_dot import Fp8Rule
 from dsv3.numerics.rule import PlainWire
 from dsv3.training.losses import head_loss
@@ -82,7 +82,10 @@ def _exact_backward(rule, residuals, dy):
     cached, ws, expert_Z = residuals
     ws = tuple(dequantize(quantize(w, *rule.weight)) for w in ws)
     multiply = functools.partial(_multiply, PlainDot(), expert_Z=expert_Z)
-    return *jax.vjp(multiply, rule.read(cached), ws)[1](dy), None
+    x = rule.cached(cached, jnp.float32)
+    x = dequantize(x) if isinstance(x, Quantized) else x
+    dx, dws = jax.vjp(multiply, x, ws)[1](dy)
+    return rule.gradient_of(cached, dx), dws, None
 
 
 _exact.defvjp(_exact_forward, _exact_backward)

@@ -9,7 +9,6 @@ policy keeps is decided in `transformer.remat`, never in the layers.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +16,13 @@ from flax import nnx
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name as _checkpoint_name
 
+from dsv3.numerics.operand import Operand, Swiglu, recomputed
 from dsv3.numerics.rule import DotRule
 
 
 def save_as(name: str, x: Array) -> Array:
     """Name an activation for the rematerialisation policies; the value is unchanged."""
     return _checkpoint_name(x, name)
-
-
-def recomputed(cheap: Callable[..., Array]) -> Callable[..., Array]:
-    """`cheap` with a backward pass that starts from its inputs again, whatever the policy says.
-
-    Plain differentiation would keep intermediate results several times the size of the inputs.
-    """
-    function = jax.custom_vjp(cheap)
-    function.defvjp(
-        lambda *inputs: (cheap(*inputs), inputs),
-        lambda inputs, gradient: jax.vjp(cheap, *inputs)[1](gradient),
-    )
-    return function
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float) -> Array:
@@ -68,7 +55,7 @@ class Linear(nnx.Module):
         self.w = nnx.Param(normal(key, (inputs, outputs), std))
         self.dot = dot
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Operand) -> Array:
         [y] = self.dot.last_axis(x, self.w[...])
         return y
 
@@ -89,12 +76,6 @@ class Embedding(nnx.Module):
         return x_BTD if dtype is None else x_BTD.astype(dtype)
 
 
-@recomputed
-def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) · up, the activation of every feed-forward network, computed in FP32."""
-    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
-
-
 class SwigluMlp(nnx.Module):
     """W_down (silu(W_gate x) · W_up x): the dense FFN, and the shared experts as one wide one."""
 
@@ -106,6 +87,4 @@ class SwigluMlp(nnx.Module):
 
     def __call__(self, x_BTD: Array) -> Array:
         both_BTF = [save_as("swiglu_in", y) for y in together(x_BTD, self.gate, self.up)]
-        dot = self.down.dot
-        second_half = dot.from_cache(lambda both, w: dot.last_axis(swiglu(*both), w)[0])
-        return second_half(both_BTF, self.down.w[...])
+        return self.down(Swiglu(*both_BTF))

@@ -16,19 +16,14 @@ from flax import nnx
 from jax import Array
 
 from dsv3.config import Model
-from dsv3.model.layers import SwigluMlp, normal, recomputed, save_as, swiglu
+from dsv3.model.layers import SwigluMlp, normal, save_as
 from dsv3.model.router import Router, Routing
+from dsv3.numerics.operand import Swiglu
 from dsv3.numerics.rule import DotRule
 from dsv3.parallel.dispatch import combine, dispatch, dispatch_gates, layout_of
 from dsv3.parallel.shard import ALONE, Shard
 
 MIN_BLOCK = 4  # rows: blocks for fewer tokens than a whole one are multiples of this
-
-
-@recomputed
-def gated_swiglu(a_PM: Array, b_PM: Array, gate_P: Array) -> Array:
-    """The hidden activation of every row, times the gate of its token."""
-    return (swiglu(a_PM, b_PM) * gate_P[:, None]).astype(b_PM.dtype)
 
 
 class RoutedExperts(nnx.Module):
@@ -67,18 +62,10 @@ def experts_here(
     layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
     x_PD = save_as("dispatch", dispatch(dot.wire, u_XD, layout))
     both_PM = dot.after_dispatch.grouped(x_PD, (gate_EDM, up_EDM), layout.expert_Z)
-    gate_P = dispatch_gates(gates_XK, layout)
-    both_PM = [save_as("swiglu_in", y_PM) for y_PM in both_PM]
-    second_half = dot.from_cache(functools.partial(_second_half, dot.before_combine))
-    y_PD = second_half(both_PM, gate_P, down_EMD, layout.expert_Z)
+    gate_PM, up_PM = (save_as("swiglu_in", y_PM) for y_PM in both_PM)
+    hidden_PM = Swiglu(gate_PM, up_PM, dispatch_gates(gates_XK, layout)[:, None])
+    [y_PD] = dot.before_combine.grouped(hidden_PM, [down_EMD], layout.expert_Z)
     return combine(dot.gradient_wire, y_PD, layout)
-
-
-def _second_half(
-    dot: DotRule, both_PM: list[Array], gate_P: Array, down_EMD: Array, expert_Z: Array
-) -> Array:
-    [y_PD] = dot.grouped(gated_swiglu(*both_PM, gate_P), [down_EMD], expert_Z)
-    return y_PD
 
 
 class MoeFfn(nnx.Module):

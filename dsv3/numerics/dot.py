@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from dsv3.config import Bf16Dot, Fp8Dot, HopperAccumulator
 from dsv3.numerics.fp8_dot import Fp8Rule
+from dsv3.numerics.operand import Operand, value
 from dsv3.numerics.rows import contract_rows
 from dsv3.numerics.rule import (
     LINEAR,
@@ -91,16 +92,15 @@ class PlainDot(LinearMap):
 
     after_dispatch = before_combine = after_attention
 
-    def from_cache(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        return function
-
-    def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+    def linear(self, x_XI: Operand, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+        x_XI = value(x_XI)
         return tuple(_linear(x_XI, w_IO) for w_IO in ws)
 
-    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
+    def grouped(self, x_PI: Operand, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
         """y_PO in x's dtype for each w of `ws`: rows of block z times w_EIO[expert_Z[z]]; blocks
         are P / Z rows. One product with all weights side by side."""
-        return _grouped(self.mosaic and x_PI.dtype == jnp.bfloat16, x_PI, tuple(ws), expert_Z)
+        mosaic = self.mosaic and x_PI.dtype == jnp.bfloat16
+        return _grouped(mosaic, value(x_PI), tuple(ws), expert_Z)
 
 
 def _product(dims: Any) -> Callable[[Array, Array], Array]:

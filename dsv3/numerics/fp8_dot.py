@@ -8,24 +8,28 @@
 (§3.3.1 Fig. 6, §3.3.2, §3.5.2; spec §2.2.) What the backward pass keeps of x is its FP8 form: one
 byte an element and the scales. Wgrad reads that, dequantises it and groups it anew along tokens.
 The input of the projection after attention is kept in E5M6 with power-of-two scales instead
-(§3.3.3; with flash attention its backward pass reads it too, ours does not). Weights are quantised
-from their masters in both passes, rather than kept twice.
+(§3.3.3; with flash attention its backward pass reads it too, ours does not). Of SwiGLU the two
+inputs are kept in FP8, and it is computed from them again. Weights are quantised from their masters
+in both passes, rather than kept twice.
 
 Embedding, head, router, norms and core attention never come here (§3.3.1).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from dsv3.config import Fp8Dot, HopperAccumulator
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize, quantize
+from dsv3.numerics.operand import Operand, Swiglu, value
 from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted, Recipe
 from dsv3.numerics.rule import Formats, LinearMap, PlainWire
 
@@ -109,15 +113,11 @@ class Fp8Rule(LinearMap):
         """The rule of the experts' last product."""
         return replace(self, gradient_powers=True)
 
-    def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+    def linear(self, x_XI: Operand, ws: tuple[Array, ...]) -> tuple[Array, ...]:
         return _linear(self, x_XI, ws)
 
-    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
+    def grouped(self, x_PI: Operand, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
         return _grouped(self, x_PI, tuple(ws), expert_Z)
-
-    def from_cache(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        """`function(x, ...)` that keeps x in FP8 and is computed again from it going backward."""
-        return functools.partial(_from_cache, self, function)
 
     @property
     def backend(self) -> Backend:
@@ -153,22 +153,38 @@ class Fp8Rule(LinearMap):
         group, powers = self._group(fp8.COLUMN), self._powers or self.gradient_powers
         return Recipe(group, self.config.gradient_format, powers)
 
-    def keep(self, x: Array, q: Quantized | None = None) -> Quantized:
+    def keep(self, x: Operand, q: Quantized | None = None) -> Any:
         """The cached form of an activation, its values as bytes: where a platform has no FP8,
         XLA stores an array of it that a loop reads as FP16, twice as large. `q` is x in FP8, where
-        that is known."""
+        that is known. Of SwiGLU it is that of both inputs."""
+        if isinstance(x, Swiglu):
+            return x.each(self.keep)
         if self.cache_e5m6:
             kept = fp8.pack_e5m6(x)
         else:
             kept = fp8.as_bytes(q or self.backend.quantize(x, self.activation))
         return jax.tree.map(lambda leaf: checkpoint_name(leaf, CACHED), kept)
 
-    def cached(self, kept: Quantized) -> Array | Quantized:
-        """What `keep` stored, as an operand of products."""
+    def cached(self, kept: Any, dtype: DTypeLike) -> Array | Quantized:
+        """What `keep` stored of an activation in `dtype`, for products to read."""
+        if isinstance(kept, Swiglu):
+            inputs = kept.each(lambda q: self.cached(q, dtype))
+            return self.backend.again(inputs, self.activation, dtype)
         return fp8.unpack_e5m6(kept) if self.cache_e5m6 else fp8.from_bytes(kept)
 
-    def read(self, kept: Quantized) -> Array:
-        return fp8.unpack_e5m6(kept) if self.cache_e5m6 else dequantize(fp8.from_bytes(kept))
+    def read(self, kept: Any, dtype: DTypeLike = jnp.float32) -> Operand:
+        """What `keep` stored."""
+        if isinstance(kept, Swiglu):
+            return kept.each(lambda q: self.read(q, dtype))
+        if self.cache_e5m6:
+            return fp8.unpack_e5m6(kept, dtype)
+        return dequantize(fp8.from_bytes(kept), dtype)
+
+    def gradient_of(self, kept: Any, dx: Array) -> Operand:
+        """That of an activation, or of the inputs from which it was computed."""
+        if not isinstance(kept, Swiglu):
+            return dx
+        return jax.vjp(value, self.read(kept, dx.dtype))[1](dx)[0]
 
     def _group(self, fine: fp8.Group) -> fp8.Group:
         return fp8.TENSOR if self.config.groups == "tensor" else fine
@@ -182,7 +198,7 @@ class Fp8Rule(LinearMap):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(rule: Fp8Rule, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+def _linear(rule: Fp8Rule, x_XI: Operand, ws: tuple[Array, ...]) -> tuple[Array, ...]:
     return _linear_forward(rule, x_XI, ws)[0]
 
 
@@ -197,14 +213,14 @@ def _linear_forward(rule, x_XI, ws):
 
 def _linear_backward(rule, residuals, dys):
     kept, ws = residuals
-    backend = rule.backend
-    x = backend.operand(rule.cached(kept), rule.column, 0)
+    backend, dtype = rule.backend, dys[0].dtype
+    x = backend.operand(rule.cached(kept, dtype), rule.column, 0)
     dx_XI, dws = 0.0, []
     for w_IO, dy_XO in zip(ws, dys, strict=True):
         rows, columns = backend.both_ways(dy_XO, rule.gradient, rule.gradient_column)
         dx_XI += backend.multiply(rows, backend.weights(w_IO, rule.weight, 1))  # Dgrad
         dws.append(backend.multiply(x, columns).astype(w_IO.dtype))  # Wgrad
-    return jnp.asarray(dx_XI).astype(dys[0].dtype), tuple(dws)
+    return rule.gradient_of(kept, jnp.asarray(dx_XI).astype(dtype)), tuple(dws)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
@@ -215,7 +231,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(
-    rule: Fp8Rule, x_PI: Array, ws: tuple[Array, ...], expert_Z: Array
+    rule: Fp8Rule, x_PI: Operand, ws: tuple[Array, ...], expert_Z: Array
 ) -> tuple[Array, ...]:
     return _grouped_forward(rule, x_PI, ws, expert_Z)[0]
 
@@ -230,8 +246,8 @@ def _grouped_forward(rule, x_PI, ws, expert_Z):
 
 def _grouped_backward(rule, residuals, dys):
     kept, ws, expert_Z = residuals
-    backend = rule.backend
-    x = backend.rows(rule.cached(kept), rule.column, 0, expert_Z)
+    backend, dtype = rule.backend, dys[0].dtype
+    x = backend.rows(rule.cached(kept, dtype), rule.column, 0, expert_Z)
     dx_PI, dws = 0.0, []
     for w_EIO, dy_PO in zip(ws, dys, strict=True):
         rows, columns = backend.rows_both_ways(dy_PO, rule.gradient, rule.gradient_column, expert_Z)
@@ -239,30 +255,7 @@ def _grouped_backward(rule, residuals, dys):
         dx_PI += backend.times_experts(rows, weights, expert_Z, jnp.float32)
         dw_EIO = backend.expert_gradients(x, columns, expert_Z, w_EIO.shape[0])
         dws.append(dw_EIO.astype(w_EIO.dtype))
-    return jnp.asarray(dx_PI).astype(dys[0].dtype), tuple(dws), None
+    return rule.gradient_of(kept, jnp.asarray(dx_PI).astype(dtype)), tuple(dws), None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
-
-
-# --- recomputation from a cache ----------------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _from_cache(rule: Fp8Rule, function, x, *others) -> Array:
-    return function(x, *others)
-
-
-def _from_cache_forward(rule, function, x, *others):
-    return function(x, *others), (jax.tree.map(rule.keep, x), others)
-
-
-def _from_cache_backward(rule, function, residuals, dy):
-    cached, others = residuals
-    x = jax.tree.map(
-        lambda q: rule.read(q).astype(dy.dtype), cached, is_leaf=lambda x: isinstance(x, Quantized)
-    )
-    return jax.vjp(function, x, *others)[1](dy)
-
-
-_from_cache.defvjp(_from_cache_forward, _from_cache_backward)

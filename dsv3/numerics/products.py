@@ -3,6 +3,7 @@
 A backend brings quantised matrices into the form it multiplies, contracted over `axis` 0 or 1, and
 multiplies two of them, of M and N rows after that, to [M, N]. What it is asked for:
 
+    quantize, again             an activation, and SwiGLU of cached inputs
     operand, rows, weights      an array quantised by a `Recipe`, in that form: a matrix; experts'
                                 rows, in blocks; a stack of weights, or one
     both_ways, rows_both_ways   the first two for a gradient, which both axes are contracted of
@@ -36,6 +37,7 @@ from jax.typing import DTypeLike
 from dsv3.numerics import fp8
 from dsv3.numerics.accumulate import hopper_product
 from dsv3.numerics.fp8 import GROUP, Group, Quantized, dequantize, spread_to
+from dsv3.numerics.operand import Operand, Swiglu, value
 from dsv3.numerics.rows import contract_rows
 from dsv3.numerics.rule import blocks, expert_gradients, times_experts
 
@@ -61,8 +63,12 @@ class Backend(ABC):
     def product(self, a: Any, b: Any) -> Array:
         """FP32 [M, N] from two prepared operands of M and N rows."""
 
-    def quantize(self, x: Array, recipe: Recipe) -> Quantized:
-        return fp8.quantize(x, *recipe)
+    def quantize(self, x: Operand, recipe: Recipe) -> Quantized:
+        return fp8.quantize(value(x), *recipe)
+
+    def again(self, x: Swiglu, recipe: Recipe, dtype: DTypeLike) -> Quantized:
+        """`quantize` from inputs that were in `dtype` before they were cached."""
+        return self.quantize(x.each(lambda cached: _read(cached).astype(dtype)), recipe)
 
     def operand(self, x: Array | Quantized, recipe: Recipe, axis: int) -> Any:
         """A matrix."""

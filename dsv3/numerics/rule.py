@@ -7,7 +7,8 @@ Every linear map of the model is a product of the last axis or of grouped rows; 
     grouped(x_PI, ws, e_Z)       block z of x's rows times w_EIO[e_Z[z]] for each of several
                                  weights: experts, sorted and padded
 
-Contract. `x` is in the compute dtype and so is `y`. `w` is the stored master weight, in any
+Contract. `x` is in the compute dtype and so is `y`; in the first form and the last it may also be
+SwiGLU of two arrays (`operand`), which the rule computes. `w` is the stored master weight, in any
 precision; casting it is the rule's business. Products accumulate in FP32, the weight gradient
 comes back in w's dtype without having passed through anything narrower than FP32 (Fig. 6).
 A rule is a frozen, hashable value with no arrays in it: it is static to `jax.jit`, chosen once
@@ -21,8 +22,6 @@ What a rule says besides, all of it trivial for BF16:
     after_attention      the rule of the projection behind attention
     after_dispatch       the rule of the experts' first product: its input comes off the wire
     before_combine       the rule of their last: its gradient comes off the wire
-    from_cache(f)        f(x, ...), with x (one array or several) cached in the rule's format, from
-                         which the backward pass computes f again
 
 Experts are a loop over blocks and not `lax.ragged_dot`: the latter expands to one dense product per
 expert on CPU and CUDA. Gathering a weight for every block materialises [Z, I, O]. The loop touches
@@ -37,6 +36,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from dsv3.numerics.operand import Operand
 
 LINEAR = (((1,), (0,)), ((), ()))  # the only contraction a linear map needs, on 2-D operands
 
@@ -93,28 +94,27 @@ class DotRule(Protocol):
     @property
     def before_combine(self) -> "DotRule": ...
 
-    def from_cache(self, function: Callable[..., Array]) -> Callable[..., Array]: ...
-
-    def last_axis(self, x: Array, *ws: Array) -> list[Array]: ...
+    def last_axis(self, x: Operand, *ws: Array) -> list[Array]: ...
 
     def dot_general(
         self, x: Array, w: Array, dimension_numbers: Any, precision: Any = None,
         preferred_element_type: Any = None, out_sharding: Any = None,
     ) -> Array: ...  # fmt: skip
 
-    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> Sequence[Array]: ...
+    def grouped(self, x_PI: Operand, ws: Sequence[Array], expert_Z: Array) -> Sequence[Array]: ...
 
 
 class LinearMap(ABC):
     """The forms of a linear map, for rules that implement `linear(x_XI, ws) -> ys`."""
 
     @abstractmethod
-    def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+    def linear(self, x_XI: Operand, ws: tuple[Array, ...]) -> tuple[Array, ...]:
         """y_XO in x's dtype for each w_IO of `ws`."""
 
-    def last_axis(self, x: Array, *ws: Array) -> list[Array]:
+    def last_axis(self, x: Operand, *ws: Array) -> list[Array]:
         """y[..., O] = x[..., I] · w[I, O] in x's dtype, for each of several weights."""
-        ys_XO = self.linear(x.reshape(-1, x.shape[-1]), ws)
+        x_XI = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), x)
+        ys_XO = self.linear(x_XI, ws)
         return [y_XO.reshape(*x.shape[:-1], -1) for y_XO in ys_XO]
 
     def dot_general(

@@ -30,6 +30,7 @@ from jax import Array
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize
 from dsv3.numerics.fp8_dot import Fp8Rule
+from dsv3.numerics.operand import Operand, Swiglu, value
 from dsv3.numerics.products import in_blocks
 from dsv3.numerics.rule import PlainWire, Wire, blocks
 
@@ -49,10 +50,10 @@ class Watched(Fp8Rule):
 
     gradient_wire = wire
 
-    def linear(self, x_XI: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+    def linear(self, x_XI: Operand, ws: tuple[Array, ...]) -> tuple[Array, ...]:
         return _watched(self, x_XI, ws, None)
 
-    def grouped(self, x_PI: Array, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
+    def grouped(self, x_PI: Operand, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
         return _watched(self, x_PI, tuple(ws), expert_Z)
 
     @property
@@ -84,6 +85,8 @@ def _watched_forward(rule, x, ws, expert_Z):
 def _watched_backward(rule, residuals, dys):
     x, ws, expert_Z = residuals
     [dx] = jax.vjp(lambda x: _plain(rule, x, ws, expert_Z), x)[1](dys)
+    if isinstance(x, Swiglu):  # as it is computed again
+        x = value(rule.read(rule.keep(x), x.dtype))
     if expert_Z is None:
         one = jnp.zeros(1, jnp.int32)
         found = [_report(rule, x, w[None], dy, one)[0] for w, dy in zip(ws, dys, strict=True)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from dsv3.numerics import fp8
 from dsv3.numerics.dot import PlainDot, build, placed
 from dsv3.numerics.fp8 import BLOCK, COLUMN, TILE, dequantize, quantize
 from dsv3.numerics.fp8_dot import Fp8Rule, Fp8Wire, backend_of
+from dsv3.numerics.operand import Swiglu, value
 from dsv3.numerics.products import Dequantized, Hopper, Promoted, exact_product
 from dsv3.numerics.rule import PlainWire
 from tests.numerics.measures import error, random, unlikeness
@@ -252,20 +254,22 @@ def test_grouped_keeps_fp8():
 # --- recomputation from the cache --------------------------------------------------------------
 
 
-def test_from_cache_is_exact_forward_and_backward_from_the_rounded_input():
-    a, b, w, dy = random(0, 9, 256), random(1, 9, 256), random(2, 256, 8), random(3, 9, 8)
+def test_swiglu_is_computed_again_from_its_rounded_inputs():
+    x = Swiglu(random(0, 9, 256), random(1, 9, 256), random(4, 9, 1))
+    w, dy = random(2, 256, 8), random(3, 9, 8)
 
-    def function(both, w):
-        return jnp.tanh(both[0]) * both[1] @ w
+    def product(x, w):
+        return RULE.last_axis(x, w)[0]
 
-    y, vjp = jax.vjp(RULE.from_cache(function), (a, b), w)
-    np.testing.assert_allclose(y, function((a, b), w), rtol=1e-6)
-    rounded = tuple(dequantize(quantize(x, TILE)) for x in (a, b))
-    wanted = jax.vjp(function, rounded, w)[1](dy)
-    for got, right in zip(jax.tree.leaves(vjp(dy)), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)
-    kept = {leaf.dtype.name for leaf in kept_by(RULE.from_cache(function), (a, b), w)}
-    assert "uint8" in kept
+    y, vjp = jax.vjp(product, x, w)
+    np.testing.assert_array_equal(y, product(value(x), w))
+    dx, dw = vjp(dy)
+    rounded = x.each(lambda x: dequantize(quantize(x, TILE)))
+    hidden, vjp_hidden = jax.vjp(value, rounded)
+    dh, dw_wanted = jax.vjp(product, hidden, w)[1](dy)
+    jax.tree.map(np.testing.assert_array_equal, (dx, dw), (*vjp_hidden(dh), dw_wanted))
+    kept = Counter(leaf.dtype.name for leaf in kept_by(product, x, w))
+    assert kept == {"uint8": 2, "float32": 3}  # gate, up, their scales, each row's weight
 
 
 # --- the ablations -----------------------------------------------------------------------------

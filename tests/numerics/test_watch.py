@@ -8,6 +8,7 @@ import pytest
 from dsv3.config import Fp8Dot
 from dsv3.numerics.fp8 import BLOCK, COLUMN, TILE, dequantize, quantize
 from dsv3.numerics.fp8_dot import Fp8Rule
+from dsv3.numerics.operand import Swiglu, value
 from dsv3.numerics.watch import OPERANDS, REPORT, TALLIES, Watched
 from dsv3.parallel.dispatch import combine, dispatch, layout_of
 
@@ -100,6 +101,13 @@ def test_experts_report_apart_and_padding_is_nothing():
                 assert got[name] == sum(part[name] for part in parts), (expert, operand, name)
             lowest = min((part["scale_min"] for part in parts), default=np.inf)
             np.testing.assert_allclose(got["scale_min"], lowest, rtol=1e-6)
+
+
+def test_swiglu_is_watched_as_it_is_computed_again():
+    x = Swiglu(spread(0, 64, 64), spread(1, 64, 64))
+    w, dy = spread(2, 64, 64), spread(3, 64, 64)
+    kept = value(x.each(lambda x: dequantize(quantize(x, TILE))))
+    np.testing.assert_array_equal(reported(RULE, x, w, dy), reported(RULE, kept, w, dy))
 
 
 def test_experts_multiply_the_same_bytes_whether_rounded_on_the_wire_or_on_arrival():

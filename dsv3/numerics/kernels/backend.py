@@ -18,6 +18,7 @@ from dsv3.numerics.kernels import fp8_gemm, quantize
 from dsv3.numerics.kernels.gemm import every_128
 from dsv3.numerics.kernels.persistent import round_up
 from dsv3.numerics.kernels.quantize import Squares, Tiles
+from dsv3.numerics.operand import Operand, value
 from dsv3.numerics.products import Backend, Recipe
 
 # Group and contraction of the one-pass kernel.
@@ -28,9 +29,10 @@ ALONG = {(fp8.TILE, 1), (fp8.COLUMN, 0)}
 class Mosaic(Backend):
     """See the module docstring."""
 
-    def quantize(self, x: Array, recipe: Recipe) -> Quantized:
+    def quantize(self, x: Operand, recipe: Recipe) -> Quantized:
         if recipe.group != fp8.TILE:
-            return fp8.quantize(x, *recipe)
+            return super().quantize(x, recipe)
+        x = value(x)
         *leading, K = x.shape
         x_MK = x.reshape(-1, K)
         values_MK, scales_kM = quantize.tiles(x_MK, False, *recipe[1:])

@@ -10,6 +10,7 @@ import pytest
 from dsv3.config import Bf16Dot, Fp8Dot, HopperAccumulator
 from dsv3.errors import ConfigError
 from dsv3.numerics.dot import build, placed
+from dsv3.numerics.operand import Swiglu
 from tests.numerics.kernels.arrays import apart, random
 
 EXPERTS = 2
@@ -53,14 +54,17 @@ def test_the_grouped_rules_with_kernels_are_the_rules(interpret, config):
     assert apart(mine, results(build(config), x, ws, dy, EXPERT_Z)) <= CLOSE
 
 
-def test_a_function_is_computed_again_from_kept_tiles_of_any_rank(interpret):
-    x, dy = random(0, 3, 12, 72), random(1, 3, 12, 72)
+@pytest.mark.parametrize("experts", [False, True], ids=["any rank", "experts"])
+def test_swiglu_with_kernels_is_the_rules(interpret, experts):
+    rows = (128,) if experts else (3, 12)
+    weight = random(2, *rows, 1, dtype=jnp.float32) if experts else None
+    x, dy = Swiglu(random(0, *rows, 72), random(1, *rows, 72), weight), random(4, *rows, 20)
+    w = random(3, EXPERTS, 72, 20) if experts else random(3, 72, 20)
+    expert_Z = EXPERT_Z[:1] if experts else None
     with interpret():
-        mosaic = build(dataclasses.replace(FINE, backend="mosaic"))
-        y, vjp = jax.vjp(mosaic.from_cache(jax.nn.silu), x)
-        mine = y, *vjp(dy)
-    y, vjp = jax.vjp(build(FINE).from_cache(jax.nn.silu), x)
-    assert apart(mine, (y, *vjp(dy))) <= CLOSE
+        rule = build(dataclasses.replace(FINE, backend="mosaic"))
+        mine = results(rule, x, [w], dy, expert_Z)
+    assert apart(mine, results(build(FINE), x, [w], dy, expert_Z)) <= CLOSE
 
 
 def test_fp32_rows_stay_with_the_loop():
