@@ -1,9 +1,9 @@
 """FP8 products on Hopper's tensor cores, as a backend of the dot rules (`products.Backend`).
 
 An operand is `Tiles` with a scale for each 128 of its contraction, a weight `Squares`. Groups of
-128 are quantised by the one-pass kernels; coarser ones (one scale for a tensor, gradients in
-blocks, both ablations) by XLA, their scales spread to tiles. Experts want their rows sorted, as
-dispatch lays them out, and in blocks of a multiple of 128.
+128 are quantised by the one-pass kernels, SwiGLU while it is computed; coarser ones (one scale for
+a tensor, gradients in blocks, both ablations) by XLA, their scales spread to tiles. Experts want
+their rows sorted, as dispatch lays them out, and in blocks of a multiple of 128.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dsv3.numerics.kernels import fp8_gemm, quantize
 from dsv3.numerics.kernels.gemm import every_128
 from dsv3.numerics.kernels.persistent import round_up
 from dsv3.numerics.kernels.quantize import Squares, Tiles
-from dsv3.numerics.operand import Operand, value
+from dsv3.numerics.operand import Operand, Swiglu
 from dsv3.numerics.products import Backend, Recipe
 
 # Group and contraction of the one-pass kernel.
@@ -32,12 +32,15 @@ class Mosaic(Backend):
     def quantize(self, x: Operand, recipe: Recipe) -> Quantized:
         if recipe.group != fp8.TILE:
             return super().quantize(x, recipe)
-        x = value(x)
-        *leading, K = x.shape
-        x_MK = x.reshape(-1, K)
-        values_MK, scales_kM = quantize.tiles(x_MK, False, *recipe[1:])
-        values, scales = values_MK[:, :K], scales_kM[:, : len(x_MK)].T
-        return Quantized(values.reshape(x.shape), scales.reshape(*leading, -1))
+        if isinstance(x, Swiglu):
+            return _cut(quantize.swiglu_tiles(x, x.dtype, *recipe[1:]), x.shape)
+        return _cut(quantize.tiles(x, False, *recipe[1:]), x.shape)
+
+    def again(self, x: Swiglu, recipe: Recipe, dtype: DTypeLike) -> Quantized:
+        if recipe.group != fp8.TILE or not isinstance(x.up, Quantized):
+            return super().again(x, recipe, dtype)
+        cached = x.each(lambda q: self.prepare(q, 1))
+        return _cut(quantize.swiglu_tiles(cached, dtype, *recipe[1:]), x.up.values.shape)
 
     def operand(self, x: Array | Quantized, recipe: Recipe, axis: int) -> Tiles:
         scales = None
@@ -97,3 +100,9 @@ class Mosaic(Backend):
 
     def expert_gradients(self, x: Tiles, dy: Tiles, expert_Z: Array, experts: int) -> Array:
         return fp8_gemm.wgrad(*x, *dy, every_128(expert_Z, x.values_MK.shape[1]), experts)
+
+
+def _cut(x: Tiles, shape: tuple[int, ...]) -> Quantized:
+    """A matrix of `shape`, without the padding of its tiles."""
+    rows, columns = shape
+    return Quantized(x.values_MK[:, :columns], x.scales_kM[:, :rows].T)

@@ -13,7 +13,8 @@ The result always has the contraction last, as wgmma wants it, and scales have i
 
 so that COLUMN is TILE of the transpose, and turning a tile happens on its way to registers. A
 gradient is wanted both ways, by Dgrad and by Wgrad, and is read once for the two. FP8 input (a
-cached activation) comes with its own scales, and is multiplied out in FP32 first.
+cached activation) comes with its own scales, and is multiplied out in FP32 first. SwiGLU of two
+inputs is computed in registers, by the very function that is its oracle, and never written.
 """
 
 from typing import NamedTuple
@@ -23,10 +24,12 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from dsv3.numerics.fp8 import FORMATS, GROUP, FormatName, scales_of
 from dsv3.numerics.kernels.gemm import aligned
-from dsv3.numerics.kernels.persistent import swizzle
+from dsv3.numerics.kernels.persistent import round_up, swizzle
+from dsv3.numerics.operand import Swiglu, swiglu
 
 TMA_SCALES = 4  # copies of a block's scale: TMA moves 16 bytes at least
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -74,6 +77,62 @@ def squares(
     return Squares(*found)
 
 
+def swiglu_tiles(
+    x: Swiglu, dtype: DTypeLike, form: FormatName = "e4m3", power_of_two: bool = False
+) -> Tiles:
+    """`tiles` of SwiGLU, straight: gate and up [M, K] in `dtype`, BF16 or FP32, or both cached in
+    FP8 `Tiles` and meant in `dtype`; weight [M, 1] or None."""
+    cached = isinstance(x.up, Tiles)
+    matrices = [matrix.values_MK if cached else matrix for matrix in (x.gate, x.up)]
+    vectors = [matrix.scales_kM for matrix in (x.gate, x.up) if cached]
+    _require_alike(matrices, x.weight, jnp.float8_e4m3fn if cached else dtype)
+    if x.weight is not None:
+        vectors.append(round_up(x.weight.astype(jnp.float32).T, 1, 4))
+    (M, K), tile, kind = matrices[0].shape, (GROUP, GROUP), matrices[0].dtype
+    k, limit = -(-K // GROUP), float(jnp.finfo(FORMATS[form]).max)
+
+    def kernel(*refs, inputs, rows, out, out_scales, arrived):
+        *refs, values, scales = refs
+        across, down = lax.axis_index("across"), lax.axis_index("down")
+        here = pl.ds(down * GROUP, GROUP), pl.ds(across * GROUP, GROUP)
+        for i, ref in enumerate(refs[:2]):
+            plgpu.copy_gmem_to_smem(ref.at[here], inputs.at[i], arrived)
+        for i, ref in enumerate(refs[2:]):
+            group = across if cached and i < 2 else 0  # the weight has but one
+            plgpu.copy_gmem_to_smem(ref.at[group, here[0]], rows.at[i], arrived)
+        plgpu.barrier_wait(arrived)
+
+        def spread(i):
+            return lax.broadcast_in_dim(plgpu.load(rows.at[i], layout=ROW), tile, [0])
+
+        def read(i):
+            y = plgpu.load(inputs.at[i], layout=plgpu.Layout.WGMMA)
+            return (y.astype(jnp.float32) * spread(i)).astype(dtype) if cached else y
+
+        weight = None if x.weight is None else spread(len(vectors) - 1)
+        y = swiglu(read(0), read(1), weight).astype(jnp.float32)
+        out[...], out_scales[...] = _divided(y, False, limit, power_of_two, form)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out, values.at[here])
+        plgpu.copy_smem_to_gmem(out_scales, scales.at[across, here[0]])
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = {
+        "inputs": plgpu.SMEM((2, *tile), kind, transforms=swizzle(GROUP, kind)),
+        "rows": plgpu.SMEM((3, GROUP), jnp.float32),
+        "out": plgpu.SMEM(tile, FORMATS[form], transforms=swizzle(GROUP, FORMATS[form])),
+        "out_scales": plgpu.SMEM((GROUP,), jnp.float32),
+        "arrived": plgpu.Barrier(num_arrivals=2 + len(vectors)),
+    }
+    values = jax.ShapeDtypeStruct((-(-M // 8) * 8, k * GROUP), FORMATS[form])
+    scales = jax.ShapeDtypeStruct((k, -(-M // 4) * 4), jnp.float32)
+    values, scales = plgpu.kernel(
+        kernel, out_type=[values, scales], grid=(k, -(-M // GROUP)),
+        grid_names=("across", "down"), scratch_types=scratch, kernel_name="fp8_swiglu",
+    )(*map(aligned, matrices), *vectors)  # fmt: skip
+    return Tiles(values[:M], scales)
+
+
 def _quantized(
     x, scales, ways: tuple[bool, ...], square: bool, form: FormatName, powers: bool
 ) -> list[tuple[Array, Array]]:
@@ -111,13 +170,7 @@ def _quantized(
             values, groups = results[2 * i : 2 * i + 2]
             k, m = (down, across) if transposed else (across, down)
             y = _loaded(scratch, transposed)
-            largest = jnp.max(jnp.abs(y), axis=1)
-            if square:
-                largest = plgpu.layout_cast(jnp.full((GROUP,), jnp.max(largest)), ROW)
-            scale = scales_of(largest, limit, powers)
-            scaled = y / lax.broadcast_in_dim(scale, y.shape, [0])
-            scratch["out"][i] = jnp.clip(scaled, -limit, limit).astype(FORMATS[form])
-            scratch["out_scales"][i] = scale
+            scratch["out"][i], scratch["out_scales"][i] = _divided(y, square, limit, powers, form)
             plgpu.commit_smem()
             there = here[::-1] if transposed else here
             plgpu.copy_smem_to_gmem(scratch["out"].at[i], values.at[e].at[there])
@@ -134,6 +187,16 @@ def _quantized(
         kernel_name="fp8_quantize" + "_both" * (len(ways) == 2),
     )(*inputs)  # fmt: skip
     return [(found[2 * i][:, :M], found[2 * i + 1]) for i, (M, _) in enumerate(sizes)]
+
+
+def _divided(y: Array, square: bool, limit: float, powers: bool, form: FormatName):
+    """A tile in registers in FP8, and the scale of each row."""
+    largest = jnp.max(jnp.abs(y), axis=1)
+    if square:
+        largest = plgpu.layout_cast(jnp.full((GROUP,), jnp.max(largest)), ROW)
+    scale = scales_of(largest, limit, powers)
+    scaled = y / lax.broadcast_in_dim(scale, y.shape, [0])
+    return jnp.clip(scaled, -limit, limit).astype(FORMATS[form]), scale
 
 
 def _fetch(inputs, e, window, scratch) -> None:
@@ -181,3 +244,12 @@ def _require(x: Array, scales: Array | None) -> None:
             )
     elif scales is not None or x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x is {x.dtype}, not bfloat16 or float32, nor float8 with scales")
+
+
+def _require_alike(matrices: list[Array], weight: Array | None, dtype: DTypeLike) -> None:
+    gate, up = matrices
+    if gate.shape != up.shape or {gate.dtype, up.dtype} != {jnp.dtype(dtype)}:
+        raise ValueError(f"gate is {gate.dtype}{list(gate.shape)}, up {up.dtype}{list(up.shape)}: "
+                         f"both must be {jnp.dtype(dtype)} and of one shape")  # fmt: skip
+    if weight is not None and weight.shape != (len(up), 1):
+        raise ValueError(f"weight is {list(weight.shape)}, not [{len(up)}, 1]")

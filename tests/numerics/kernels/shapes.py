@@ -31,6 +31,7 @@ from dsv3.numerics.kernels import bf16_gemm, fp8_gemm, quantize
 from dsv3.numerics.kernels.attention import attention
 from dsv3.numerics.kernels.decode import absorbed_attention
 from dsv3.numerics.kernels.gemm import Tuning
+from dsv3.numerics.operand import Swiglu
 
 E4M3, E5M2, BF16, F32 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float32
 
@@ -120,6 +121,19 @@ def cached():
     return lambda x, s: quantize.tiles(x, True, scales=s), shapes
 
 
+def swiglu(rows, width, dtype=BF16):
+    shapes = ((rows, width), dtype), ((rows, width), dtype), ((rows, 1), F32)
+    return lambda *x: quantize.swiglu_tiles(Swiglu(*x), dtype), shapes
+
+
+def swiglu_of_a_cache(rows, width):
+    def call(gate, up, gate_scales, up_scales):
+        gate, up = quantize.Tiles(gate, gate_scales), quantize.Tiles(up, up_scales)
+        return quantize.swiglu_tiles(Swiglu(gate, up), BF16)
+
+    return call, (*[((rows, width), E4M3)] * 2, *[((-(-width // 128), rows), F32)] * 2)
+
+
 def squares(dtype, transposed):
     return lambda w: quantize.squares(w, transposed, "e4m3", True), (((4, 7168, 2048), dtype),)
 
@@ -154,6 +168,10 @@ CALLS = {
        for dtype in (BF16, F32) for transposed in (False, True)},
     "tiles both ways": (quantize.both_ways, (((4096, 7168), BF16),)),
     "tiles of a cache": cached(),
+    "swiglu of experts": swiglu(32768, 2048),
+    "swiglu, odd": swiglu(1003, 300),
+    "swiglu float32": swiglu(4096, 2048, F32),
+    "swiglu of a cache, dense": swiglu_of_a_cache(4096, 18432),
     **{f"squares {dtype.__name__} {transposed}": squares(dtype, transposed)
        for dtype in (BF16, F32) for transposed in (False, True)},
 }  # fmt: skip

@@ -12,7 +12,8 @@ import pytest
 from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import BLOCK, COLUMN, TILE, dequantize
 from dsv3.numerics.kernels.persistent import round_up
-from dsv3.numerics.kernels.quantize import both_ways, squares, tiles
+from dsv3.numerics.kernels.quantize import Tiles, both_ways, squares, swiglu_tiles, tiles
+from dsv3.numerics.operand import Swiglu, value
 
 ROWS, COLUMNS = 132, 136  # one tile and a bit, both ways
 
@@ -60,6 +61,23 @@ def test_a_cached_activation_is_grouped_anew(interpret):
     np.testing.assert_array_equal(mine.scales_kM[:, :COLUMNS], wanted.scales)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("cached", [False, True], ids=["", "from a cache"])
+def test_swiglu_is_computed_as_it_is_quantised_bit_for_bit(interpret, dtype, cached):
+    """The kernel and `value` share their formula, and on a CPU the exponential as well."""
+    x = Swiglu(x_of(dtype), x_of(dtype)[::-1], abs(x_of()[:, :1]))
+    inputs = x
+    if cached:
+        stored = x.each(lambda x: fp8.quantize(x, TILE))
+        x = stored.each(lambda q: dequantize(q, dtype))
+        inputs = stored.each(lambda q: Tiles(q.values, round_up(q.scales.T, 1, 4)))
+    with interpret():
+        mine = swiglu_tiles(inputs, dtype, "e4m3", True)
+    wanted = fp8.quantize(value(x), TILE, "e4m3", True)
+    np.testing.assert_array_equal(mine.values_MK[:, :COLUMNS], wanted.values)
+    np.testing.assert_array_equal(mine.scales_kM[:, :ROWS], wanted.scales.T)
+
+
 def test_nan_infinity_zeros_and_denormals(interpret):
     x = x_of().at[3, 5].set(jnp.nan).at[7, 130].set(jnp.inf).at[0].set(0.0).at[1].mul(1e-38)
     with interpret():
@@ -81,3 +99,16 @@ def test_nan_infinity_zeros_and_denormals(interpret):
 def test_other_inputs_are_refused(x, scales, says):
     with pytest.raises(ValueError, match=says):
         tiles(x, False, scales=scales)
+
+
+@pytest.mark.parametrize(
+    ("up", "weight", "says"),
+    [
+        (jnp.zeros((4, 128)), None, "up float32.* both must be bfloat16"),
+        (jnp.zeros((4, 64), jnp.bfloat16), None, r"up bfloat16\[4, 64\]"),
+        (jnp.zeros((4, 128), jnp.bfloat16), jnp.ones(4), r"weight is \[4\], not \[4, 1\]"),
+    ],
+)
+def test_inputs_of_swiglu_that_differ_are_refused(up, weight, says):
+    with pytest.raises(ValueError, match=says):
+        swiglu_tiles(Swiglu(jnp.zeros((4, 128), jnp.bfloat16), up, weight), jnp.bfloat16)
