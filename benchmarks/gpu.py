@@ -8,7 +8,8 @@ Correct, each a line with its figure and a verdict; a wrong one ends the run wit
     accumulator   one block of K = 128, unit scales: every bit as `numerics.accumulate` predicts
     promoted      larger K: within 1e-6 of that model with promotion every 128; against the exact
                   product, which no Hopper tensor core reaches, the error is shown
-    quantisers    values against `fp8.quantize`; ties may fall either way, one in a thousand
+    quantisers    values against `fp8.quantize`, of SwiGLU too; ties may fall either way, one in a
+                  thousand
     experts       grouped products against one expert at a time
     attention     with its gradients, and decoding over a cache: within BF16's roundings
 
@@ -55,6 +56,8 @@ from dsv3.numerics.accumulate import hopper_product
 from dsv3.numerics.dot import build
 from dsv3.numerics.kernels import bf16_gemm, fp8_gemm, quantize
 from dsv3.numerics.kernels.gemm import Tuning
+from dsv3.numerics.kernels.persistent import round_up
+from dsv3.numerics.operand import Swiglu, value
 from dsv3.sweeps import load_config
 
 WIDTHS = ((2112, 7168), (24576, 1536), (4096, 7168), (7168, 2048), (7168, 16384))  # N, K
@@ -102,15 +105,26 @@ def check_accumulator(report: Report, K: int) -> None:
 
 def check_quantisers(report: Report, M: int, K: int) -> None:
     x = random(2, M, K)
+    gated = Swiglu(x, random(3, M, K), random(4, M, 1, dtype=jnp.float32))
+    kept = gated.each(lambda x: fp8.quantize(x, fp8.TILE))
+    read = kept.each(lambda q: fp8.dequantize(q, x.dtype))
     for name, mine, theirs in (
         ("1x128", quantize.tiles(x, False).values_MK, fp8.quantize(x, fp8.TILE).values),
         ("128x1", quantize.tiles(x, True).values_MK, fp8.quantize(x, fp8.COLUMN).values.T),
         ("128x128", quantize.squares(x[None], True).values_ENK[0],
          fp8.quantize(x, fp8.BLOCK).values.T),
+        ("SwiGLU", quantize.swiglu_tiles(gated, x.dtype).values_MK,
+         fp8.quantize(value(gated), fp8.TILE).values),
+        ("SwiGLU of a cache", quantize.swiglu_tiles(kept.each(_tiles), x.dtype).values_MK,
+         fp8.quantize(value(read), fp8.TILE).values),
     ):  # fmt: skip
         mine, theirs = mine.astype(jnp.float32), theirs.astype(jnp.float32)
         differ = float(jnp.mean(mine[: len(theirs), : theirs.shape[1]] != theirs))
         report.check(f"quantiser {name}: share that differs", differ, differ < 1e-3)
+
+
+def _tiles(q: fp8.Quantized) -> quantize.Tiles:
+    return quantize.Tiles(q.values, round_up(q.scales.T, 1, 4))
 
 
 def check_experts(report: Report, K: int, N: int) -> None:
@@ -221,6 +235,25 @@ def time_quantisers(report: Report) -> None:
         ("128x1 turned by XLA", lambda x: fp8.quantize(x, fp8.COLUMN).values.T, 3),
     ):  # bytes a number
         report.timed(f"quantiser {name}, 8192x7168", call, xs, "GBs", 1e-9 * moved * 8192 * 7168)
+    pairs = [(xs[i][0], xs[i - 2][0]) for i in range(SETS)]
+    caches = [tuple(quantize.tiles(x, False) for x in pair) for pair in pairs]
+    for name, call, sets, moved in (
+        ("SwiGLU", _swiglu, pairs, 5),
+        ("SwiGLU by XLA, then 1x128", _swiglu_apart, pairs, 5),
+        ("SwiGLU of a cache", _swiglu, caches, 3),
+        ("SwiGLU of a cache by XLA, then 1x128", _swiglu_apart, caches, 3),
+    ):  # bytes that have to be moved
+        report.timed(f"{name}, 8192x7168", call, sets, "GBs", 1e-9 * moved * 8192 * 7168)
+
+
+def _swiglu(gate, up):
+    return quantize.swiglu_tiles(Swiglu(gate, up), jnp.bfloat16)
+
+
+def _swiglu_apart(gate, up):
+    if isinstance(up, quantize.Tiles):
+        gate, up = (_read(x).astype(jnp.bfloat16) for x in (gate, up))
+    return quantize.tiles(value(Swiglu(gate, up)), False)
 
 
 def time_linear(report: Report) -> None:
