@@ -1,15 +1,18 @@
 """Decoding: with the latent cache and without, over growing contexts, beside transformers, drafted.
 
     python -m benchmarks.decode context [--contexts 128 512 2048 8192]
+    python -m benchmarks.decode experts [--experts 8 64 256] [--batch 1]
     python -m benchmarks.decode transformers --torch-python PATH
     python -m benchmarks.decode speculative --workdir runs/tiny
 
 `context` times a token of a model of the shape of `configs/tiny.py` behind so many others, from the
-cache in either form and by running the whole sequence again. `transformers` writes such a model in
-the official layout and lets both complete the same prompts greedily, in turns, held to the same
-cores; PATH is the interpreter of an environment with torch and transformers, and what is compared
-is the whole call, the prompt included, compilation not. `speculative` completes held-out text of a
-run, plainly and with drafts, greedily and not, and says whether the greedy tokens are the same.
+cache in either form and by running the whole sequence again. `experts` times a step of a wider one
+with so many experts, 6 of which a token meets, in FP32, BF16 and FP8. `transformers` writes a model
+like the first in the official layout and lets both complete the same prompts greedily, in turns, on
+the same cores; PATH is the interpreter of an environment with torch and transformers, and what is
+compared is the whole call, the prompt included, compilation not. `speculative` completes held-out
+text of a run, plainly and with drafts, greedily and not, and says whether the greedy tokens are the
+same.
 
 Seconds are wall clock, medians; each command prints a table. A busy machine spoils them.
 """
@@ -34,7 +37,7 @@ from dsv3.checkpoint import huggingface
 from dsv3.checkpoint.exporting import export, of_model
 from dsv3.checkpoint.trained import from_workdir
 from dsv3.cli import Parser
-from dsv3.config import Config, Model
+from dsv3.config import Bf16Dot, Config, Fp8Dot, Mla, Model, Moe
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import exits_cleanly
 from dsv3.evaluation.bits_per_byte import held_out, held_out_texts
@@ -46,6 +49,7 @@ from dsv3.inference.generate import acceptance, drafts_of, generate, prompt_toke
 from dsv3.inference.rerun import last_logits
 from dsv3.inference.sampling import Greedy, Random, Sampler
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import on_this_platform
 from dsv3.sweeps import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +120,37 @@ def run_context(options: argparse.Namespace) -> None:
         print(
             f"| {context:,} | {' | '.join(cells)} | {again / cached['compute']:.1f} |", flush=True
         )
+
+
+# --- experts -----------------------------------------------------------------------------------
+
+
+def with_experts(experts: int, dot: Bf16Dot | Fp8Dot) -> Model:
+    mla = Mla(heads=8, query_latent=256, kv_latent=128, nope_dim=64, rope_dim=32, value_dim=64)
+    moe = Moe(routed_experts=experts, experts_per_token=6, groups=1, groups_per_token=1,
+              expert_width=256, block=64)  # fmt: skip
+    return Model(vocab=1024, width=512, layers=4, dense_layers=1, dense_width=1024, mtp_depths=0,
+                 mla=mla, moe=moe, dot=dot)  # fmt: skip
+
+
+def run_experts(options: argparse.Namespace) -> None:
+    dots = {"float32": Bf16Dot(), "bfloat16": Bf16Dot(), "fp8": Fp8Dot()}
+    print(f"| experts | {' | '.join(dots)} |\n{'|---' * (len(dots) + 1)}|")
+    for experts in options.experts:
+        cells = []
+        for name, dot in dots.items():
+            config = Config(model=with_experts(experts, dot))
+            model = random_model(on_this_platform(config).model)
+            call = functools.partial(
+                generate, model, [[3 + row, 4] for row in range(options.batch)], Greedy(),
+                stop=NEVER, vocab=1024, context=256,
+                dtype=jnp.dtype("bfloat16" if name == "fp8" else name),
+            )  # fmt: skip
+            few, many = (
+                seconds_of(functools.partial(call, max_tokens=n), 5) for n in (4, 4 + options.steps)
+            )
+            cells.append(f"{1e3 * (many - few) / options.steps:.1f} ms")
+        print(f"| {experts} | {' | '.join(cells)} |", flush=True)
 
 
 # --- transformers ------------------------------------------------------------------------------
@@ -207,11 +242,18 @@ def run_speculative(options: argparse.Namespace) -> None:
 def main() -> None:
     keep_freed_memory()
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="context | transformers | speculative")
+    commands = parser.add_subparsers(
+        required=True, metavar="context | experts | transformers | speculative"
+    )
     context = commands.add_parser("context", help="a token's time as the context grows")
     context.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192])
     context.add_argument("--steps", type=int, default=64)
     context.set_defaults(run=run_context)
+    many = commands.add_parser("experts", help="a step's time as experts become more")
+    many.add_argument("--experts", type=int, nargs="+", default=[8, 64, 256])
+    many.add_argument("--batch", type=int, default=1)
+    many.add_argument("--steps", type=int, default=32)
+    many.set_defaults(run=run_experts)
     beside = commands.add_parser("transformers", help="beside transformers' generate")
     beside.add_argument("--torch-python", required=True, metavar="PATH")
     beside.add_argument("--batch", type=int, default=1)

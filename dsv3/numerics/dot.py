@@ -22,6 +22,7 @@ from dsv3.numerics.rule import (
     PlainWire,
     blocks,
     expert_gradients,
+    in_use,
     times_experts,
 )
 
@@ -100,7 +101,7 @@ class PlainDot(LinearMap):
         """y_PO in x's dtype for each w of `ws`: rows of block z times w_EIO[expert_Z[z]]; blocks
         are P / Z rows. One product with all weights side by side."""
         mosaic = self.mosaic and x_PI.dtype == jnp.bfloat16
-        return _grouped(mosaic, value(x_PI), tuple(ws), expert_Z)
+        return _grouped(mosaic, value(x_PI), *in_use(ws, expert_Z))
 
 
 def _product(dims: Any) -> Callable[[Array, Array], Array]:

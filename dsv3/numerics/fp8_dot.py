@@ -31,7 +31,7 @@ from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize, quantize
 from dsv3.numerics.operand import Operand, Swiglu, value
 from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted, Recipe
-from dsv3.numerics.rule import Formats, LinearMap, PlainWire
+from dsv3.numerics.rule import Formats, LinearMap, PlainWire, in_use
 
 CACHED = "fp8"  # the name of cached activations for rematerialisation policies
 
@@ -117,7 +117,7 @@ class Fp8Rule(LinearMap):
         return _linear(self, x_XI, ws)
 
     def grouped(self, x_PI: Operand, ws: Sequence[Array], expert_Z: Array) -> tuple[Array, ...]:
-        return _grouped(self, x_PI, tuple(ws), expert_Z)
+        return _grouped(self, x_PI, *in_use(ws, expert_Z))
 
     @property
     def backend(self) -> Backend:

@@ -26,6 +26,7 @@ What a rule says besides, all of it trivial for BF16:
 Experts are a loop over blocks and not `lax.ragged_dot`: the latter expands to one dense product per
 expert on CPU and CUDA. Gathering a weight for every block materialises [Z, I, O]. The loop touches
 one block and one expert at a time, stops at the last block in use, and costs what its products do.
+Only where blocks are fewer than experts are weights gathered (`in_use`).
 """
 
 from abc import ABC, abstractmethod
@@ -171,6 +172,16 @@ def expert_gradients(
         return dw_EIO.at[expert].add(multiply(_at(x_Z, z), _at(dy_Z, z)))
 
     return each_block(shape[0], expert_Z, accumulate, jnp.zeros(shape, jnp.float32))
+
+
+def in_use(ws: Sequence[Array], expert_Z: Array) -> tuple[tuple[Array, ...], Array]:
+    """The weights of each block's expert, and their numbers, where blocks are fewer than experts: a
+    decoding step reads, casts and quantises those alone."""
+    experts, used = ws[0].shape[0], expert_Z.shape[0]
+    if used >= experts:
+        return tuple(ws), expert_Z
+    own_Z = jnp.where(expert_Z < experts, jnp.arange(used), used)
+    return tuple(w_EIO[jnp.minimum(expert_Z, experts - 1)] for w_EIO in ws), own_Z
 
 
 def _at(tree: Any, index: Array) -> Any:

@@ -14,8 +14,8 @@ There are two plans. `exchange.Route` takes rows to other devices. `Layout`, her
 of every way and the only one on a single device: `layout_of` sorts all A = X·K assignments of X
 tokens to K experts each by expert and pads each expert's rows to whole blocks, P rows in all. No
 token is ever dropped: P is a bound that holds for every routing, the assignments rounded so that E
-partial blocks fit. Gates are applied inside the expert, on its hidden activations
-(`dispatch_gates`), which leaves `combine` a plain sum.
+partial blocks fit, or a block for each where they are few. Gates are applied inside the expert, on
+its hidden activations (`dispatch_gates`), which leaves `combine` a plain sum.
 """
 
 import functools
@@ -69,7 +69,8 @@ def layout_of(
     """
     tokens, chosen = experts_XK.shape
     assignments = tokens * chosen
-    total_blocks = -(-min(most or assignments, assignments) // block) + routed_experts
+    most = min(most or assignments, assignments)
+    total_blocks = min(-(-most // block) + routed_experts, most)  # none is empty
     rows = total_blocks * block
     expert_A = experts_XK.reshape(-1)
     order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)

@@ -34,15 +34,21 @@ def is_first() -> bool:
 
 
 def exchange(text: str) -> list[str]:
-    """What every process passed, by its index. Returns once all have called it."""
+    """What every process passed, by its index. Returns once all have called it.
+
+    The first gathers and passes on: three messages a process, however many there are.
+    """
     if jax.process_count() == 1:
         return [text]
     store: Any = distributed.global_state.client
     me, turn = jax.process_index(), next(_rounds)
-    store.key_value_set(f"dsv3/{turn}/{me}", text)
-    said = [_heard(f"dsv3/{turn}/{process}") for process in range(jax.process_count())]
-    if turn:  # whoever has answered this round has read the one before
-        store.key_value_delete(f"dsv3/{turn - 1}/{me}")
+    if not is_first():
+        store.key_value_set(f"dsv3/{turn}/{me}", text)
+        return json.loads(_heard(f"dsv3/{turn}/all"))
+    said = [text, *(_heard(f"dsv3/{turn}/{i}") for i in range(1, jax.process_count()))]
+    store.key_value_set(f"dsv3/{turn}/all", json.dumps(said))
+    if turn:  # whoever has spoken this round has read the one before
+        store.key_value_delete(f"dsv3/{turn - 1}")  # and all below
     return said
 
 

@@ -22,6 +22,8 @@ LAYOUTS = {
     "any order": [3, 0, 2, 0, 1, 3],
     "unused at the end": [0, 2, 3, EXPERTS, EXPERTS, EXPERTS],
     "none used": [EXPERTS] * 6,
+    "fewer than experts": [1, 3, EXPERTS],
+    "fewer, one of them twice": [2, 2, 3],
 }
 
 

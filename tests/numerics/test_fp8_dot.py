@@ -175,6 +175,23 @@ def test_what_is_not_finite_reaches_the_output_and_both_gradients(bad):
 # --- the grouped rule --------------------------------------------------------------------------
 
 
+def test_fewer_blocks_than_experts_are_multiplied_as_more_are():
+    """Quantising their weights alone changes no bit; so decoding a token has what training had."""
+    x, w, dy = grouped_operands()
+    few, many = jnp.array([0, 2]), jnp.array([0, 2, EXPERTS, EXPERTS])
+
+    rows = 2 * BLOCK_ROWS
+
+    @functools.partial(jax.jit, static_argnames="length")
+    def of(expert_Z, length):
+        y, vjp = jax.vjp(lambda x, w: RULE.grouped(x, [w], expert_Z)[0], x[:length], w)
+        dx, dw = vjp(dy[:length])
+        return y[:rows], dx[:rows], dw
+
+    for a, b in zip(of(few, rows), of(many, 2 * rows), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def grouped_operands(dtype=jnp.float32):
     rows = BLOCK_ROWS * len(EXPERT_Z)
     x, w = random(0, rows, INPUTS, dtype=dtype), random(1, EXPERTS, INPUTS, OUTPUTS)
