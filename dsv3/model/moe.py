@@ -23,8 +23,6 @@ from dsv3.numerics.rule import DotRule
 from dsv3.parallel.dispatch import combine, dispatch, dispatch_gates, layout_of
 from dsv3.parallel.shard import ALONE, Shard
 
-MIN_BLOCK = 4  # rows: blocks for fewer tokens than a whole one are multiples of this
-
 
 class RoutedExperts(nnx.Module):
     """E SwiGLU networks of hidden width M, each token through K of them.
@@ -57,7 +55,7 @@ def experts_here(
     tokens, experts = u_XD.shape[0], gate_EDM.shape[0]
     if tokens < block:  # so decoding: as long as an expert's even share
         share = experts_XK.size // experts + 1
-        block = min(block, -(-share // MIN_BLOCK) * MIN_BLOCK)
+        block = min(block, -(-share // dot.least_block) * dot.least_block)
     layout = layout_of(experts_XK, experts, block, most)
     layout = jax.tree.map(functools.partial(save_as, "routing"), layout)
     x_PD = save_as("dispatch", dispatch(dot.wire, u_XD, layout))

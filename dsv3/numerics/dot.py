@@ -15,6 +15,8 @@ from dsv3.numerics.fp8_dot import Fp8Rule
 from dsv3.numerics.operand import Operand, value
 from dsv3.numerics.rows import contract_rows
 from dsv3.numerics.rule import (
+    KERNELS_BLOCK,
+    LEAST_BLOCK,
     LINEAR,
     DotRule,
     Formats,
@@ -42,7 +44,9 @@ def obstacle(config: Bf16Dot | Fp8Dot, platform: str, block: int = 128) -> str |
         return "multiplies by no model.dot.accumulator but 'exact'"
     if platform != "hopper":
         return f"needs a GPU of compute capability 9.0, not {platform!r}"
-    return f"needs model.moe.block a multiple of 128, not {block}" if block % 128 else None
+    if block % KERNELS_BLOCK:
+        return f"needs model.moe.block a multiple of {KERNELS_BLOCK}, not {block}"
+    return None
 
 
 def placed[D: Bf16Dot | Fp8Dot](config: D, platform: str, block: int = 128) -> D:
@@ -86,6 +90,10 @@ class PlainDot(LinearMap):
         return PlainWire()
 
     gradient_wire = wire
+
+    @property
+    def least_block(self) -> int:
+        return KERNELS_BLOCK if self.mosaic else LEAST_BLOCK
 
     @property
     def after_attention(self) -> "PlainDot":

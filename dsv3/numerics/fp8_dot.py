@@ -31,7 +31,14 @@ from dsv3.numerics import fp8
 from dsv3.numerics.fp8 import Quantized, dequantize, quantize
 from dsv3.numerics.operand import Operand, Swiglu, value
 from dsv3.numerics.products import Backend, Dequantized, Hopper, Promoted, Recipe
-from dsv3.numerics.rule import Formats, LinearMap, PlainWire, in_use
+from dsv3.numerics.rule import (
+    KERNELS_BLOCK,
+    LEAST_BLOCK,
+    Formats,
+    LinearMap,
+    PlainWire,
+    in_use,
+)
 
 CACHED = "fp8"  # the name of cached activations for rematerialisation policies
 
@@ -97,6 +104,10 @@ class Fp8Rule(LinearMap):
     def gradient_wire(self) -> Fp8Wire | PlainWire:
         tiles = self.config.groups == "fine" and self.config.gradient_groups == "tile"
         return Fp8Wire(self.config.gradient_format) if tiles else PlainWire()
+
+    @property
+    def least_block(self) -> int:
+        return KERNELS_BLOCK if self.config.backend == "mosaic" else LEAST_BLOCK
 
     @property
     def after_attention(self) -> "Fp8Rule":

@@ -19,6 +19,7 @@ What a rule says besides, all of it trivial for BF16:
     formats              in words, what each of the three products multiplies, and what is cached
     kept                 names of the activations that the report's rematerialisation policy keeps
     wire, gradient_wire  how activations and their gradients are packed on their way to experts
+    least_block          experts' rows come in blocks of a multiple of so many
     after_attention      the rule of the projection behind attention
     after_dispatch       the rule of the experts' first product: its input comes off the wire
     before_combine       the rule of their last: its gradient comes off the wire
@@ -40,6 +41,7 @@ from jax import Array, lax
 
 from dsv3.numerics.operand import Operand
 
+LEAST_BLOCK, KERNELS_BLOCK = 4, 128  # rows, of a loop's products and of kernels'
 LINEAR = (((1,), (0,)), ((), ()))  # the only contraction a linear map needs, on 2-D operands
 
 
@@ -85,6 +87,9 @@ class DotRule(Protocol):
 
     @property
     def gradient_wire(self) -> Wire: ...
+
+    @property
+    def least_block(self) -> int: ...
 
     @property
     def after_attention(self) -> "DotRule": ...

@@ -9,6 +9,7 @@ import pytest
 
 from dsv3.config import Bf16Dot, Fp8Dot, HopperAccumulator
 from dsv3.errors import ConfigError
+from dsv3.model.moe import experts_here
 from dsv3.numerics.dot import build, placed
 from dsv3.numerics.operand import Swiglu
 from tests.numerics.kernels.arrays import apart, random
@@ -65,6 +66,18 @@ def test_swiglu_with_kernels_is_the_rules(interpret, experts):
         rule = build(dataclasses.replace(FINE, backend="mosaic"))
         mine = results(rule, x, [w], dy, expert_Z)
     assert apart(mine, results(build(FINE), x, [w], dy, expert_Z)) <= CLOSE
+
+
+@pytest.mark.parametrize("config", [FINE, Bf16Dot()], ids=["fp8", "bf16"])
+def test_the_few_rows_of_decoding_are_in_the_kernels_blocks(interpret, config):
+    """Two tokens, of five experts two each: fewer blocks than experts."""
+    weights = [random(i, *shape) for i, shape in enumerate([(5, 40, 24), (5, 40, 24), (5, 24, 40)])]
+    u_XD, experts_XK = random(3, 2, 40), jnp.array([[1, 4], [4, 0]], jnp.int32)
+    operands = 4, u_XD, experts_XK, random(4, 2, 2, dtype=jnp.float32)
+    with interpret():
+        rule = build(dataclasses.replace(config, backend="mosaic"))
+        mine = experts_here(rule, 128, weights, *operands)
+    assert apart([mine], [experts_here(build(config), 128, weights, *operands)]) <= CLOSE
 
 
 def test_fp32_rows_stay_with_the_loop():
