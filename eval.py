@@ -179,6 +179,7 @@ def check_out(options: argparse.Namespace) -> None:
 
 
 COMMANDS = "bpb", "generate", "logits", "tasks", "lm-eval"
+# Options that processes need not have alike, and those that are no text (`set` goes by field).
 OF_A_PROCESS = ("process", "coordinator", "join_seconds", "run", "check", "set")
 
 

